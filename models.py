@@ -1,0 +1,396 @@
+"""The network: a diffusion transformer with one patch embedding and one output head per level.
+
+PPFlow (arXiv:2506.23543) keeps DiT's blocks (arXiv:2212.09748) and shares them across time. Only the patch
+size changes: level 0 is the coarsest (few tokens, high noise), the last level the finest. A model with a
+single level is a SiT (arXiv:2401.08740).
+
+Letters in the shapes: N samples, C channels, H x W input, (p, q) patch, T = (H/p)(W/q) tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+FREQUENCY_FEATURES = 256  # sinusoidal features of t
+
+# ---------------------------------------------------------------------------------------------------------------
+# Patches and positions
+
+
+def patchify(x: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """Cut images into patches: (N, C, H, W) -> (N, T, p*q*C), tokens in raster order, features (p, q, channel)."""
+    n, c, h, w = x.shape
+    p, q = patch_size
+    x = x.reshape(n, c, h // p, p, w // q, q)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // q), p * q * c)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Invert `patchify`: (N, T, p*q*C) -> (N, C, H, W) with size = (H, W)."""
+    n, _, features = tokens.shape
+    (p, q), (h, w) = patch_size, size
+    c = features // (p * q)
+    x = tokens.reshape(n, h // p, w // q, p, q, c)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+
+
+def sincos_position_embedding(dim: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Fixed 2-D sine-cosine embedding of MAE (arXiv:2111.06377).
+
+    Args:
+        dim:     channels D, divisible by 4; the first half embeds the column, the second half the row
+        rows:    (R,) row coordinates
+        columns: (S,) column coordinates
+
+    Returns:
+        (R*S, D) float32, tokens in raster order.
+    """
+
+    def embed(position: torch.Tensor) -> torch.Tensor:  # (M,) -> (M, D/2)
+        omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        angle = position.double()[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.cat([embed(column.reshape(-1)), embed(row.reshape(-1))], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conditioning
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] -> (N, D). The sinusoids see t itself, not 1000 t (the convention of SiT's weights)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = FREQUENCY_FEATURES // 2
+        frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+        angle = t[:, None] * frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class TableEmbedder(nn.Module):
+    """Integer ids (N,) -> (N, D): class labels (with the null label as last row) and levels."""
+
+    def __init__(self, num_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_rows, hidden_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """adaLN: x (N, T, D) with one shift and scale (N, D) per sample."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of one sample, (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-approximate GELU between them."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then the head of the level: (N, T, D) -> (N, T, p*q*out_channels)."""
+
+    def __init__(self, hidden_size: int, patch_sizes: Sequence[tuple[int, int]], out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.ModuleList(nn.Linear(hidden_size, p * q * out_channels) for p, q in patch_sizes)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, level: int) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear[level](modulate(self.norm_final(x), shift, scale))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class PyramidalPatchDiT(nn.Module):
+    """Diffusion transformer with a pyramid of patch sizes (PPFlow, arXiv:2506.23543, section 3).
+
+    A pure function of its inputs: no randomness, no branch on tensor values. Label dropout belongs to training.
+
+    Args:
+        input_size:  side of the square input, or (H, W), in latent pixels
+        patch_sizes: one (height, width) per level, coarsest first; an int means a square patch
+        in_channels: channels C of the input and of the output
+        hidden_size: width D, divisible by num_heads and by 4
+        depth:       number of transformer blocks
+        num_heads:   attention heads
+        mlp_ratio:   inner width of the MLP over D
+        num_classes: number of classes, and the id of the null label: the table has num_classes + 1 rows
+        learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
+
+    Raises:
+        ValueError: if a patch does not divide the input, or the widths do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_size: int | Sequence[int] = 32,
+        patch_sizes: Sequence[int | Sequence[int]] = ((4, 4), (2, 2)),
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_size = _pair(input_size)
+        self.patch_sizes = tuple(_pair(size) for size in patch_sizes)
+        self.in_channels = in_channels
+        self.hidden_size = hidden_size
+        self.depth = depth
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+        self._check()
+
+        patch_features = [p * q * in_channels for p, q in self.patch_sizes]
+        self.x_embedder = nn.ModuleList(nn.Linear(features, hidden_size) for features in patch_features)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = TableEmbedder(num_classes + 1, hidden_size)
+        if self.num_levels > 1:
+            self.level_embedder = TableEmbedder(self.num_levels, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
+
+        # Derived from the token grid, so not part of the state dict.
+        for level, grid in enumerate(self._grids()):
+            self.register_buffer(f"pos_embed_{level}", sincos_position_embedding(hidden_size, *grid), persistent=False)
+        self.initialize_weights()
+
+    def _check(self) -> None:
+        if not self.patch_sizes:
+            raise ValueError("patch_sizes is empty: a model needs at least one level")
+        h, w = self.input_size
+        for level, (p, q) in enumerate(self.patch_sizes):
+            if p < 1 or q < 1 or h % p or w % q:
+                raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4")
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _grids(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per level the row and column coordinates of its tokens, in tokens of the finest level.
+
+        A coarse token sits where its top-left fine token does: 0, 2, 4, ... when it is twice as large.
+        """
+        (h, w), (fine_p, fine_q) = self.input_size, self.patch_sizes[-1]
+
+        def coordinates(side: int, patch: int, fine: int) -> torch.Tensor:
+            return torch.arange(side // patch, dtype=torch.float64) * patch / fine
+
+        return [(coordinates(h, p, fine_p), coordinates(w, q, fine_q)) for p, q in self.patch_sizes]
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linears with zero bias, tables and time MLP normal(0.02), modulation and heads zero (DiT)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        modulations = [block.adaLN_modulation[-1] for block in self.blocks] + [self.final_layer.adaLN_modulation[-1]]
+        for linear in (*modulations, *self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    # -- What the rest of the program asks of a model ------------------------------------------------------------
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.patch_sizes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
+        return {
+            "input_size": list(self.input_size),
+            "patch_sizes": [list(size) for size in self.patch_sizes],
+            "in_channels": self.in_channels,
+            "hidden_size": self.hidden_size,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "num_classes": self.num_classes,
+            "learn_sigma": self.learn_sigma,
+        }
+
+    def num_tokens(self, level: int) -> int:
+        """Tokens T per sample at a level."""
+        (h, w), (p, q) = self.input_size, self.patch_sizes[level]
+        return (h // p) * (w // q)
+
+    def macs(self, level: int) -> int:
+        """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included."""
+        d, t, (p, q) = self.hidden_size, self.num_tokens(level), self.patch_sizes[level]
+        inner = int(d * self.mlp_ratio)
+        block = t * (4 * d * d + 2 * d * inner) + 2 * t * t * d + 6 * d * d  # linears, attention, modulation
+        head_features = p * q * self.in_channels * (2 if self.learn_sigma else 1)
+        embed = t * d * p * q * self.in_channels + FREQUENCY_FEATURES * d + d * d
+        return embed + self.depth * block + 2 * d * d + t * d * head_features
+
+    def level_parameters(self, level: int) -> list[nn.Parameter]:
+        """The parameters that no other level uses: the level's patch embedding and head."""
+        return [*self.x_embedder[level].parameters(), *self.final_layer.linear[level].parameters()]
+
+    # -- Evaluation ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        """Predict at one level.
+
+        Args:
+            x:     (N, C, H, W) noisy input
+            t:     (N,) times in [0, 1]; 0 is noise, 1 is data
+            y:     (N,) class ids; num_classes is the null label
+            level: index of the patch size, 0 = coarsest
+
+        Returns:
+            (N, C, H, W): the velocity, noise, score or data, whatever the model was trained for.
+
+        Raises:
+            ValueError: if the input's size or the level is not the model's.
+        """
+        if x.shape[1:] != (self.in_channels, *self.input_size):
+            expected = "x".join(map(str, (self.in_channels, *self.input_size)))
+            raise ValueError(f"the model takes {expected} inputs, got {'x'.join(map(str, x.shape[1:]))}")
+        if not 0 <= level < self.num_levels:
+            raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
+
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        if self.num_levels > 1:
+            c = c + self.level_embedder.embedding_table.weight[level]
+        patch_size = self.patch_sizes[level]
+        tokens = self.x_embedder[level](patchify(x, patch_size)) + getattr(self, f"pos_embed_{level}")
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        out = unpatchify(self.final_layer(tokens, c, level), patch_size, self.input_size)
+        return out[:, : self.in_channels]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Registry
+
+SIZES = {
+    "T": {"depth": 6, "hidden_size": 128, "num_heads": 4},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
+# The pyramids of the paper, by number of levels.
+PYRAMIDS = {2: ((4, 4), (2, 2)), 3: ((4, 4), (2, 4), (2, 2))}
+
+
+def _registry() -> dict[str, dict[str, Any]]:
+    models = {}
+    for size, fields in SIZES.items():
+        for levels, patch_sizes in PYRAMIDS.items():
+            models[f"PPF-{size}-{levels}"] = {"patch_sizes": patch_sizes, **fields}
+        for patch in (2,) if size == "T" else (2, 4, 8):
+            models[f"SiT-{size}/{patch}"] = {"patch_sizes": ((patch, patch),), **fields}
+    return models
+
+
+MODELS = _registry()
+
+
+def canonical_name(name: str) -> str:
+    """The registry's spelling of a model name: "PPFlow_XL_2" -> "PPF-XL-2".
+
+    Raises:
+        ValueError: if no such model exists; the message lists those that do.
+    """
+
+    def normal_form(text: str) -> str:
+        return re.sub("[-_/]", "", text.lower()).replace("ppflow", "ppf")
+
+    for known in MODELS:
+        if normal_form(known) == normal_form(name):
+            return known
+    raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+
+
+def create_model(name: str, **overrides: Any) -> PyramidalPatchDiT:
+    """Build a model of the registry; any argument of PyramidalPatchDiT can be overridden.
+
+    Example: create_model("PPF-XL-2", input_size=32, num_classes=1000)
+
+    Raises:
+        ValueError: if the name is unknown or the overrides do not fit together.
+    """
+    return PyramidalPatchDiT(**{**MODELS[canonical_name(name)], **overrides})

@@ -1,0 +1,252 @@
+"""Draw images for a few class labels, or measure the likelihood of given ones.
+
+    python sample.py ODE --ckpt results/000-PPF-T-2-Linear-velocity --class-labels 0 1 2 3
+    python sample.py SDE --ckpt model.pt --cfg-scales 1.5 --diffusion-form sigma
+    python sample.py ODE --ckpt model.pt --likelihood --data-path digits
+
+The architecture and the schedule come from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from data import Digits, ImageFolderDataset, open_dataset
+from sample_utils import (
+    SAMPLES,
+    EvaluationCounter,
+    TrainedModel,
+    add_model_args,
+    add_ode_args,
+    add_sde_args,
+    check_solver_args,
+    draw_samples,
+    dry_run,
+    finest_only,
+    guided,
+    load_trained,
+    per_level,
+)
+from train_utils import (
+    ArgumentParser,
+    UserError,
+    complete_file,
+    natural_int,
+    positive_int,
+    run_script,
+    save_grid,
+    use_precision,
+    user_input,
+)
+from transport import Sampler, bits_per_dim, sample_generators
+
+IMAGENET_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's selection
+
+
+def build_parser() -> ArgumentParser:
+    """The flags of sample.py."""
+    parser = ArgumentParser(prog="sample.py", description="Draw images for class labels from a trained model.")
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="{ODE,SDE}")
+    for mode, text in (("ODE", "the deterministic sampler"), ("SDE", "the stochastic sampler")):
+        command = modes.add_parser(mode, help=f"{text}: sample.py {mode} --help", description=f"Sample with {text}.")
+        output = command.add_argument_group("output")
+        output.add_argument("--class-labels", type=natural_int, nargs="+", metavar="ID",
+                            help="classes to draw (default: DiT's eight of ImageNet, else the first ten)")  # fmt: skip
+        output.add_argument("--samples-per-class", type=positive_int, default=1, metavar="N", help="images a label")
+        output.add_argument("--batch-size", type=positive_int, default=128, help="samples solved together")
+        output.add_argument("--seed", type=natural_int, default=0, help="seed of noise and probes")
+        output.add_argument("--out", help="file to write (default: samples.png, likelihood.json or reverse.png)")
+        output.add_argument("--compare-finest", action="store_true",
+                            help="also time the same network at its finest level only")  # fmt: skip
+        add_model_args(command, None, "default: 4, or 1 with --likelihood and --reverse")
+        if mode == "SDE":
+            add_sde_args(command)
+            continue
+        add_ode_args(command, default="heun2; dopri5 with tolerances 1e-5 for --likelihood")
+        given = command.add_argument_group("given images")
+        given.add_argument("--likelihood", action="store_true", help="bits per dimension of images in --data-path")
+        given.add_argument("--reverse", action="store_true", help="turn images of --data-path into noise and back")
+        given.add_argument("--data-path", help="'digits' or an image folder, for --likelihood and --reverse")
+        given.add_argument("--num-images", type=positive_int, help="how many of them (default: 16)")
+        given.add_argument("--num-probes", type=positive_int, help="probes for --likelihood (default: 1)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with flags refused that would have no effect."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given_images = args.mode == "ODE" and (args.likelihood or args.reverse)
+    if args.mode == "ODE":
+        if args.likelihood and args.reverse:
+            parser.error("--likelihood and --reverse are two questions: give one of them")
+        if given_images and not args.data_path:
+            parser.error("--likelihood and --reverse need --data-path: 'digits' or an image folder")
+        for name, takes_effect in (
+            ("data_path", given_images),
+            ("num_images", given_images),
+            ("num_probes", args.likelihood),
+            ("class_labels", not given_images),
+            ("compare_finest", not given_images),
+        ):
+            if getattr(args, name) and not takes_effect:
+                wanted = "--likelihood" if name == "num_probes" else "--likelihood or --reverse"
+                relation = "without" if name in ("data_path", "num_images", "num_probes") else "with"
+                parser.error(f"--{name.replace('_', '-')} has no effect {relation} {wanted}")
+        if args.likelihood and not args.sampling_method and not args.num_sampling_steps:
+            args.sampling_method, args.atol, args.rtol = "dopri5", args.atol or 1e-5, args.rtol or 1e-5
+    check_solver_args(parser, args)
+    if args.cfg_scales is None:
+        args.cfg_scales = [1.0 if given_images else 4.0]
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Three jobs: samples, likelihood, there and back
+
+
+def sample(args: argparse.Namespace, trained: TrainedModel, device: torch.device) -> None:
+    """Draw the labels' images, save them as a grid and report what they cost."""
+    num_classes = trained.model.num_classes
+    labels = args.class_labels
+    if labels is None:
+        labels = IMAGENET_CLASSES if num_classes == 1000 else range(min(10, num_classes))
+    for label in labels:
+        if label >= num_classes:
+            raise UserError(f"class label {label} is out of range: the model knows 0 to {num_classes - 1}")
+    labels = [label for label in labels for _ in range(args.samples_per_class)]
+    images, cost = timed_samples(args, trained, labels, device)
+    columns = args.samples_per_class if args.samples_per_class > 1 else math.ceil(math.sqrt(len(labels)))
+    out = args.out or "samples.png"
+    save_grid(images, out, columns)
+    print(f"{len(labels)} images, {args.mode} {args.sampling_method}, step {trained.step} of {trained.name}: {out}")
+    rows = [(f"pyramid, {trained.model.num_levels} level(s)", cost)]
+    if args.compare_finest:
+        args.cfg_scales = args.cfg_scales[-1:]
+        args.num_sampling_steps = [sum(args.num_sampling_steps)]
+        rows.append(("finest level only", timed_samples(args, finest_only(trained), labels, device)[1]))
+    print(f"{'':22}{'NFE':>8}{'GMACs/image':>14}{'seconds':>10}")
+    for name, (nfe, gmacs, seconds) in rows:
+        print(f"{name:22}{nfe:8.1f}{gmacs:14.3f}{seconds:10.2f}")
+    if args.compare_finest:
+        (_, gmacs, seconds), (_, finest_gmacs, finest_seconds) = rows[0][1], rows[1][1]
+        print(f"{'the pyramid saves':22}{'':8}{finest_gmacs / gmacs:13.2f}x{finest_seconds / seconds:9.2f}x")
+
+
+def timed_samples(
+    args: argparse.Namespace, trained: TrainedModel, labels: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, tuple[float, float, float]]:
+    """Samples (N, C, H, W), and their cost: NFE, GMACs per image, seconds."""
+    images, indices = [], range(len(labels))
+    with tqdm(unit="evaluation", desc="sampling", leave=False) as progress, use_precision(args.precision, device):
+        counter = EvaluationCounter(trained.model, progress)
+        warm_up(trained, args, device)
+        start = time.perf_counter()
+        for first in range(0, len(labels), args.batch_size):
+            batch = slice(first, first + args.batch_size)
+            images.append(draw_samples(trained, counter, args, labels[batch], indices[batch], args.seed, device))
+        images = torch.cat(images).float().cpu()  # waits for the device
+        seconds = time.perf_counter() - start
+    return images, (counter.nfe(len(labels)), counter.gmacs(len(labels)), seconds)
+
+
+def warm_up(trained: TrainedModel, args: argparse.Namespace, device: torch.device) -> None:
+    """One evaluation of each level, so that the first one's set-up is not timed."""
+    model = trained.model
+    x = torch.zeros(1, model.in_channels, *model.input_size, device=device)
+    for level in range(model.num_levels):
+        model(x, x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device), level=level)
+
+
+def given_images(
+    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Images (N, C, H, W) and labels (N,) of --data-path, and their numbers: a random choice by --seed."""
+    (generator,) = sample_generators(args.seed, [0])
+    numbers = torch.randperm(len(dataset), generator=generator)[: args.num_images or 16].tolist()
+    with user_input():
+        images, labels = zip(*(dataset.load(number) for number in numbers), strict=True)
+    return torch.stack(images).to(device), torch.tensor(labels, device=device), numbers
+
+
+def likelihood(
+    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
+) -> None:
+    """Bits per dimension of given images, dequantised uniformly (SiT, likelihood; arXiv:1511.01844, section 3.1)."""
+    x1, y, numbers = given_images(args, trained, dataset, device)
+    generators = sample_generators(args.seed, numbers, SAMPLES)
+    uniform = torch.stack([torch.rand(x1.shape[1:], generator=generator) for generator in generators]).to(device)
+    x1 = x1 + (uniform - 0.5) * dataset.value_step
+    sampler, log_probs = Sampler(trained.transport), []
+    with tqdm(unit="evaluation", desc="likelihood", leave=False) as progress, use_precision(args.precision, device):
+        counter = EvaluationCounter(trained.model, progress)
+        start = time.perf_counter()
+        for first in range(0, len(x1), args.batch_size):
+            batch = slice(first, first + args.batch_size)
+            log_prob, _ = sampler.log_likelihood(
+                guided(counter, args), x1[batch], y[batch], args.sampling_method, per_level(args.num_sampling_steps),
+                args.atol, args.rtol, args.num_probes or 1, generators[batch],
+            )  # fmt: skip
+            log_probs.append(log_prob)
+        log_prob = torch.cat(log_probs).cpu()
+        seconds = time.perf_counter() - start
+    # The images are discrete: a pixel value has the density's mass over one step of values.
+    bits = bits_per_dim(log_prob, x1[0].numel()) - math.log2(dataset.value_step)
+    out = args.out or "likelihood.json"
+    records = zip(numbers, y.tolist(), log_prob.tolist(), bits.tolist(), strict=True)
+    with user_input(), complete_file(out) as temporary:
+        keys = ("image", "label", "nats", "bits_per_dim")
+        temporary.write_text(json.dumps([dict(zip(keys, record, strict=True)) for record in records], indent=1) + "\n")
+    error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else float("nan")
+    print(f"{len(bits)} images of {args.data_path}: {bits.mean():.4f} +- {error:.4f} bits per dimension ({out})")
+    print(f"mean log-density {log_prob.mean():.2f} nats; NFE {counter.nfe(len(bits)):.1f}, {seconds:.2f} s")
+
+
+def there_and_back(
+    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
+) -> None:
+    """Images to noise by the reverse ODE and back again: one column each of image, noise, image."""
+    x1, y, _ = given_images(args, trained, dataset, device)
+    with tqdm(unit="evaluation", desc="reverse", leave=False) as progress, use_precision(args.precision, device):
+        network = guided(EvaluationCounter(trained.model, progress), args)
+        solver = (args.sampling_method, per_level(args.num_sampling_steps), args.atol, args.rtol)
+        x0 = Sampler(trained.transport).sample_ode(network, x1, *solver, y=y, reverse=True)
+        back = Sampler(trained.transport).sample_ode(network, x0, *solver, y=y)
+    out = args.out or "reverse.png"
+    save_grid(torch.cat([x1, x0 / 3, back]).cpu(), out, columns=len(x1))
+    error = (back - x1).square().mean().sqrt()
+    print(
+        f"{len(x1)} images to noise (mean {x0.mean():.3f}, std {x0.std():.3f}) and back, RMS error {error:.1e}: {out}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run sample.py with these command-line arguments."""
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
+    with user_input():
+        trained = load_trained(args, device)
+        dry_run(trained, args, device)
+    if args.mode == "SDE" or not (args.likelihood or args.reverse):
+        sample(args, trained, device)
+        return
+    with user_input():
+        size = None if args.data_path == "digits" else trained.model.input_size[0]
+        dataset = open_dataset(args.data_path, size)
+        if dataset.image_shape != (trained.model.in_channels, *trained.model.input_size):
+            raise ValueError(f"{args.data_path} has images of shape {dataset.image_shape}, {args.ckpt} wants others")
+        if dataset.num_classes > trained.model.num_classes:
+            raise ValueError(f"{args.data_path} has {dataset.num_classes} classes, {args.ckpt} fewer")
+    (likelihood if args.likelihood else there_and_back)(args, trained, dataset, device)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,252 @@
+"""What sample.py and sample_ddp.py share: solver flags, models out of checkpoints, samples and their cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from models import PyramidalPatchDiT, canonical_name
+from train_utils import (
+    PRECISIONS,
+    ArgumentParser,
+    add_cfg_args,
+    add_level_edges,
+    guided,
+    load_checkpoint,
+    load_weights,
+    natural_float,
+    optional_choice,
+    positive_float,
+    positive_int,
+)
+from transport import (
+    ADAPTIVE_METHODS,
+    DIFFUSION_FORMS,
+    LAST_STEPS,
+    ODE_METHODS,
+    SDE_METHODS,
+    Sampler,
+    Transport,
+    create_transport,
+    sample_generators,
+)
+
+SAMPLES, LABELS = 7, 8  # streams of random numbers; the others are in data.py and train.py
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
+    """Which network, and how it is guided: the same for ODE and SDE."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--ckpt", required=True, help="checkpoint of train.py, or a run's folder for its newest one")
+    group.add_argument("--model", help="name of the model, checked against the checkpoint")
+    group.add_argument("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
+    group.add_argument("--num-classes", type=positive_int, help="number of classes, checked against the checkpoint")
+    group.add_argument("--vae", choices=["none"], help="autoencoder (default: the checkpoint's)")
+    group.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
+    group.add_argument("--precision", choices=PRECISIONS, help="(default: tf32 on CUDA, fp32 on the CPU)")
+    add_level_edges(group)
+    add_cfg_args(parser, cfg_scale, cfg_note)
+
+
+def add_ode_args(parser: ArgumentParser, default: str = "heun2") -> None:
+    """The ODE solver's flags; `default` says which method is."""
+    group = parser.add_argument_group("ODE solver")
+    group.add_argument("--sampling-method", choices=ODE_METHODS, help=f"a torchdiffeq method (default: {default})")
+    group.add_argument("--num-sampling-steps", type=positive_int, nargs="+", metavar="STEPS",
+                       help="steps of a fixed-step method, over all or one number per level (default: 50)")  # fmt: skip
+    group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive method (default: 1e-6)")
+    group.add_argument("--rtol", type=positive_float, help="relative tolerance of an adaptive method (default: 1e-3)")
+
+
+def add_sde_args(parser: ArgumentParser) -> None:
+    """The SDE solver's flags."""
+    group = parser.add_argument_group("SDE solver")
+    group.add_argument("--sampling-method", choices=SDE_METHODS, default="Euler", help="Euler-Maruyama or Heun")
+    group.add_argument("--num-sampling-steps", type=positive_int, nargs="+", metavar="STEPS", default=[250],
+                       help="steps over the whole way, the last one included, or one number per level")  # fmt: skip
+    group.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, default="sigma", help="shape of w_t")
+    group.add_argument("--diffusion-norm", type=natural_float, default=1.0, help="factor of w_t")
+    names = [name for name in LAST_STEPS if name]
+    group.add_argument("--last-step", default="Mean", help="how the last stretch is taken", **optional_choice(*names))
+    group.add_argument("--last-step-size", type=positive_float, help="length of the last step in t (default: 0.04)")
+
+
+def check_solver_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse solver flags that would have no effect, and fill in those that were left out."""
+    if args.mode == "SDE":
+        if args.last_step is None and args.last_step_size is not None:
+            parser.error("--last-step-size has no effect with --last-step None: leave it out")
+        args.last_step_size = args.last_step_size or 0.04
+        return
+    args.sampling_method = args.sampling_method or "heun2"
+    adaptive = args.sampling_method in ADAPTIVE_METHODS
+    if adaptive and args.num_sampling_steps:
+        parser.error(f"--num-sampling-steps has no effect with {args.sampling_method}, which chooses its own steps")
+    for name in ("atol", "rtol"):
+        if not adaptive and getattr(args, name):
+            parser.error(f"--{name} has no effect with {args.sampling_method}: it takes --num-sampling-steps")
+    args.num_sampling_steps = args.num_sampling_steps or [50]
+    args.atol, args.rtol = args.atol or 1e-6, args.rtol or 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models out of checkpoints
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network with the process it was trained for."""
+
+    name: str
+    model: PyramidalPatchDiT
+    transport: Transport
+    step: int
+    config: dict[str, Any]
+
+
+def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel:
+    """The network and transport of --ckpt.
+
+    Raises:
+        FileNotFoundError, ValueError: if the checkpoint is missing, damaged, or not what the flags say.
+    """
+    checkpoint = load_checkpoint(args.ckpt)
+    config = checkpoint["config"]
+    model = PyramidalPatchDiT(**config["model"])
+    claims = {
+        "--model": (args.model and canonical_name(args.model), config["model_name"]),
+        "--image-size": (args.image_size, model.input_size[0]),
+        "--num-classes": (args.num_classes, model.num_classes),
+        "--vae": (args.vae, config["vae"]),
+    }
+    for flag, (claimed, actual) in claims.items():
+        if claimed is not None and claimed != actual:
+            raise ValueError(f"{flag} is {claimed}, but {args.ckpt} was trained with {actual}: leave {flag} out")
+    load_weights(model, checkpoint[args.weights], str(args.ckpt))
+    transport_config = config["transport"]
+    if args.level_edges is not None:
+        transport_config = {**transport_config, "level_edges": args.level_edges}
+    transport = create_transport(**transport_config)
+    transport.check_levels(model)
+    model = model.to(device).eval().requires_grad_(False)
+    guided(model, args)  # refuses a wrong number of scales now, and not after minutes
+    return TrainedModel(config["model_name"], model, transport, checkpoint["step"], config)
+
+
+def finest_only(trained: TrainedModel) -> TrainedModel:
+    """The same network run at its finest level all the way, as a model with one level: what the pyramid saves on."""
+    model = _OneLevel(trained.model, trained.model.num_levels - 1)
+    transport = trained.transport
+    flat = create_transport(
+        transport.path.name, transport.prediction, transport.loss_weight, transport.train_eps, transport.sample_eps
+    )
+    return TrainedModel(trained.name, model, flat, trained.step, trained.config)
+
+
+class _OneLevel:
+    num_levels = 1
+
+    def __init__(self, model: PyramidalPatchDiT, level: int) -> None:
+        self.model, self.level = model, level
+        self.num_classes, self.in_channels, self.input_size = model.num_classes, model.in_channels, model.input_size
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        return self.model(x, t, y, level=self.level)
+
+    def macs(self, level: int) -> int:
+        return self.model.macs(self.level)
+
+
+class EvaluationCounter:
+    """A network that counts its evaluations, level by level, and moves a progress bar.
+
+    Args:
+        model:    the network
+        progress: updated by one for each call
+    """
+
+    def __init__(self, model: PyramidalPatchDiT, progress: tqdm | None = None) -> None:
+        self.model = model
+        self.num_levels = model.num_levels
+        self.num_classes = model.num_classes
+        self.progress = progress
+        self.rows = [0] * self.num_levels  # samples evaluated at each level; a guided one counts two
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        self.rows[level] += len(x)
+        if self.progress is not None:
+            self.progress.update(1)
+        return self.model(x, t, y=y, level=level)
+
+    def nfe(self, num_samples: int) -> float:
+        """Network evaluations per sample."""
+        return sum(self.rows) / num_samples
+
+    def gmacs(self, num_samples: int) -> float:
+        """Billions of multiply-accumulates per sample."""
+        return sum(rows * self.model.macs(level) for level, rows in enumerate(self.rows)) / num_samples / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def per_level(values: Sequence[int]) -> int | Sequence[int]:
+    """One number stands for the whole way, several for one level each."""
+    return values[0] if len(values) == 1 else values
+
+
+def draw_samples(
+    trained: TrainedModel,
+    counter: EvaluationCounter,
+    args: argparse.Namespace,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Samples in [-1, 1] (N, C, H, W); sample i is a function of (network, solver, seed, i) and its label.
+
+    Args:
+        labels:  N class ids
+        indices: the samples' N numbers
+    """
+    generators = sample_generators(seed, indices, SAMPLES)
+    model, transport = trained.model, trained.transport
+    x0 = transport.noise.sample((len(labels), model.in_channels, *model.input_size), generators, device)
+    y = torch.tensor(labels, device=device)
+    sampler, network, steps = Sampler(transport), guided(counter, args), per_level(args.num_sampling_steps)
+    if args.mode == "ODE":
+        return sampler.sample_ode(network, x0, args.sampling_method, steps, args.atol, args.rtol, y=y)
+    return sampler.sample_sde(
+        network,
+        x0,
+        method=args.sampling_method,
+        num_steps=steps,
+        diffusion_form=args.diffusion_form,
+        diffusion_norm=args.diffusion_norm,
+        last_step=args.last_step,
+        last_step_size=args.last_step_size,
+        generator=generators,
+        y=y,
+    )
+
+
+def dry_run(trained: TrainedModel, args: argparse.Namespace, device: torch.device) -> None:
+    """Raise now what the solver would refuse later (ValueError), by walking a field that is zero."""
+
+    class Zero:
+        num_levels, num_classes = trained.model.num_levels, trained.model.num_classes
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    draw_samples(trained, Zero(), args, labels=[0], indices=[0], seed=0, device=device)

@@ -1,0 +1,405 @@
+"""What the scripts share: errors, flags, processes, EMA, checkpoints, logs and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from transport import PATHS, PREDICTIONS, ClassifierFreeGuidance, PatchSchedule
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors a user can cause: one line, exit code 2
+
+
+class UserError(Exception):
+    """Something the user gave cannot work; the message says what is wrong and what to do."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Errors raised while reading what the user gave are the user's to see, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:  # all ranks stop for the same reason: say it once
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not None, not False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that takes no abbreviations, shows defaults, and says what is wrong in one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def parse_with_given(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+        """Parse, and tell which flags were given rather than left at their default."""
+        absent = object()
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+        given = {name for name in vars(args) if getattr(args, name) is not absent}
+        for name in names:
+            if name not in given:
+                setattr(args, name, self.get_default(name))
+        return args, given
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_ends: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a number of the kind between low and high."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or (open_ends and value in (low, high)):
+            bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if open_ends and low == 0 else bounds}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = number(int, 1)
+natural_int = number(int, 0)
+positive_float = number(float, 0, open_ends=True)
+natural_float = number(float, 0)  # zero included
+probability = number(float, 0, 1)
+
+
+def optional_choice(*choices: str) -> dict[str, Any]:
+    """Arguments of add_argument for a choice among names where "None" means None."""
+
+    def parse(text: str) -> str | None:
+        if text not in ("None", *choices):
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of None, {', '.join(choices)}")
+        return None if text == "None" else text
+
+    return {"type": parse, "metavar": "{" + ",".join(("None", *choices)) + "}"}
+
+
+def add_transport_args(parser: argparse.ArgumentParser) -> None:
+    """--path-type and the other flags of create_transport."""
+    group = parser.add_argument_group("transport")
+    group.add_argument("--path-type", choices=list(PATHS), default="Linear", help="interpolant between noise and data")
+    group.add_argument("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
+    weights = optional_choice("velocity", "likelihood")
+    group.add_argument("--loss-weight", default=None, help="weight of the loss over time", **weights)
+    group.add_argument("--train-eps", type=float, help="distance of training from singular ends of [0, 1]")
+    group.add_argument("--sample-eps", type=float, help="the same in sampling")
+    add_level_edges(group)
+
+
+def add_level_edges(parser: argparse._ActionsContainer) -> None:
+    """--level-edges, which training and sampling share."""
+    text = "times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)"
+    parser.add_argument("--level-edges", type=float, nargs="+", metavar="T", help=text)
+
+
+def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, note: str = "") -> None:
+    """--cfg-scales and its companions."""
+    group = parser.add_argument_group("guidance")
+    text = "classifier-free guidance scale: one, or one per level (coarsest first); 1 is none"
+    group.add_argument("--cfg-scales", "--cfg-scale", type=float, nargs="+", metavar="W",
+                       default=default and [default], help=f"{text} ({note})" if note else text)  # fmt: skip
+    group.add_argument("--cfg-channels", type=positive_int, metavar="C",
+                       help="guide only the first C channels (DiT, SiT and PPFlow's published numbers: 3)")  # fmt: skip
+    group.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="guide only for t between LOW and HIGH (0 is noise, 1 is data)")  # fmt: skip
+
+
+def guided(model: nn.Module, args: argparse.Namespace) -> ClassifierFreeGuidance:
+    """The model under the guidance that --cfg-scales and its companions ask for."""
+    interval = tuple(args.cfg_interval) if args.cfg_interval else None
+    return ClassifierFreeGuidance(model, args.cfg_scales, model.num_classes, args.cfg_channels, interval)
+
+
+def level_edges_of(args: argparse.Namespace, num_levels: int) -> tuple[float, ...]:
+    """--level-edges, or the paper's for this number of levels."""
+    return PatchSchedule.default(num_levels).level_edges if args.level_edges is None else tuple(args.level_edges)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes, devices and precision
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started; alone without torchrun."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_processes() -> Processes:
+    """Join the other processes (nccl on CUDA, gloo on the CPU) and take this one's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} processes on this node but only {torch.cuda.device_count()} GPU(s)")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Processes(0, 1, device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather_objects(value: Any, processes: Processes) -> list[Any]:
+    """Every process's value, in order of rank, on the main process; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * processes.world_size if processes.is_main else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def use_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The autocast context of a precision; fp32 and tf32 set how CUDA multiplies matrices."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# EMA
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) model, in a few kernels for all parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: complete under their name, or absent
+
+
+@contextlib.contextmanager
+def complete_file(path: str | Path) -> Iterator[Path]:
+    """Write to a temporary name; the file gets its own once it is complete and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of tensors and plain data."""
+    with complete_file(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint of a run with the most steps."""
+    return max((run_dir / "checkpoints").glob("[0-9]*.pt"), default=None, key=lambda path: int(path.stem))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of train.py onto the CPU; a run's folder stands for its newest one.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is truncated or is no checkpoint of this program.
+    """
+    path = Path(path)
+    if path.is_dir():
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise FileNotFoundError(f"{path} holds no checkpoints/*.pt: give a checkpoint, or a run's folder")
+        path = newest
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read checkpoint {path}, is it truncated? ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "config", "step"} <= set(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks model, ema, opt, config or step")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state dict, naming the first tensor that does not fit (ValueError)."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own:
+            where = "missing from" if name not in weights else "unknown to this model but in"
+            raise ValueError(f"{source} belongs to another model: {name} is {where} it")
+        if weights[name].shape != own[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, the model wants {tuple(own[name].shape)}"
+            raise ValueError(f"{source} belongs to another model: {name} is {shapes}")
+    model.load_state_dict(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+class RunLog:
+    """What a run leaves to read: log.txt, metrics.jsonl, loss.png, and wandb where asked for.
+
+    Args:
+        run_dir: the run's folder
+        step:    metrics after this step are dropped: the run continues from here
+        config:  for wandb
+        wandb:   log to wandb as well; WANDB_KEY, ENTITY and PROJECT are read from the environment
+    """
+
+    def __init__(self, run_dir: Path, step: int, config: dict[str, Any], wandb: bool = False) -> None:
+        self.run_dir = run_dir
+        self.metrics_file = run_dir / "metrics.jsonl"
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        with complete_file(self.metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.wandb_run = self._start_wandb(config) if wandb else None
+
+    def _start_wandb(self, config: dict[str, Any]) -> Any:
+        import wandb
+
+        if key := os.environ.get("WANDB_KEY"):
+            os.environ.setdefault("WANDB_API_KEY", key)
+        try:
+            return wandb.init(
+                project=os.environ.get("PROJECT", "PPFlow"),
+                entity=os.environ.get("ENTITY"),
+                name=self.run_dir.name,
+                id=hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                dir=self.run_dir,
+                config=config,
+            )
+        except wandb.Error as error:
+            raise UserError(f"--wandb: {error}; set WANDB_KEY, or WANDB_MODE=offline") from error
+
+    def text(self, message: str) -> None:
+        """A line for people, on the screen and in log.txt."""
+        tqdm.write(message, file=sys.stdout)
+        with open(self.run_dir / "log.txt", "a") as file:
+            file.write(message + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records so far."""
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def record(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; values holds the step."""
+        with open(self.metrics_file, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log({f"train/{name}": value for name, value in values.items()}, step=values["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a picture in wandb."""
+        if self.wandb_run:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+
+    def plot(self) -> None:
+        """Draw loss.png: the loss of each level over the steps."""
+        from matplotlib.figure import Figure  # slow to import
+
+        records = self.metrics()
+        if not records:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key in sorted({key for record in records for key in record if key.startswith("loss")}):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            label = "all levels" if key == "loss" else key.replace("_", " ").replace("loss ", "")
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=2 if key == "loss" else 1)
+        axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        with complete_file(self.run_dir / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def close(self) -> None:
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] (N, C, H, W) to bytes of the same shape, on the CPU."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
+    """Save images in [-1, 1] (N, C, H, W) as a grid; small ones are enlarged, pixel by pixel, to about 64."""
+    from PIL import Image
+
+    enlarge = max(1, 64 // max(images.shape[-2:]))
+    pixels = to_uint8(images).repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)
+    with complete_file(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)

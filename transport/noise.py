@@ -1,0 +1,73 @@
+"""The distribution of x_0, and random numbers that depend on a sample's number alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+# One generator for a batch, or one for each sample of it.
+Generator = torch.Generator | Sequence[torch.Generator] | None
+
+
+def sample_generators(seed: int, indices: Iterable[int], stream: int = 0) -> list[torch.Generator]:
+    """One CPU generator per sample: what sample i draws depends on (seed, stream, i), not on batch or rank.
+
+    Args:
+        seed:    the experiment's seed, non-negative
+        indices: numbers of the samples in this batch
+        stream:  separates uses of the same (seed, i), such as one training step from the next
+    """
+    # torch seeds its CPU generator from 32 bits, where hashes of many indices would collide; an odd stride cannot.
+    first, stride = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2))
+    return [torch.Generator().manual_seed((first + index * (stride | 1)) % 2**32) for index in indices]
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generator = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Standard normal numbers of shape (N, ...), drawn on the generator's device and moved to `device`.
+
+    Args:
+        generator: one torch.Generator for all, or a sequence of N of them, one per sample
+
+    Raises:
+        ValueError: if the number of generators is not N.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = generator.device if generator is not None else device
+        return torch.randn(*shape, generator=generator, device=source, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
+    return torch.stack(rows).to(device) if rows else torch.empty(*shape, device=device, dtype=dtype)
+
+
+def rademacher(x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
+    """Random signs of the shape, type and device of x (N, ...)."""
+    normal = randn(x.shape, generator, x.device, x.dtype)
+    return torch.where(normal < 0, -torch.ones_like(x), torch.ones_like(x))
+
+
+class GaussianNoise:
+    """x_0 ~ N(0, I)."""
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        generator: Generator = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Draw x_0 of shape (N, ...); see `randn` for the generators."""
+        return randn(shape, generator, device, dtype)
+
+    def log_prob(self, x0: torch.Tensor) -> torch.Tensor:
+        """Log-density of x0 (N, ...) in nats, shape (N,)."""
+        dimensions = x0[0].numel()
+        return -0.5 * (x0.flatten(1) ** 2).sum(1) - 0.5 * dimensions * math.log(2 * math.pi)

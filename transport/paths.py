@@ -1,0 +1,86 @@
+"""Interpolants x_t = alpha_t x_1 + sigma_t x_0 between noise x_0 (t = 0) and data x_1 (t = 1).
+
+SiT (arXiv:2401.08740), section 2 and table 1. A path is four numbers at each t; everything else follows from them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+
+
+class Coefficients(NamedTuple):
+    """alpha_t, sigma_t and their derivatives in t; tensors of the shape of t."""
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    d_alpha: torch.Tensor
+    d_sigma: torch.Tensor
+
+
+class Path(ABC):
+    """An interpolant: `coefficients(t)` is all that a subclass defines."""
+
+    name: str
+
+    @abstractmethod
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
+        """The path's four numbers at times t."""
+
+    def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t for noise x0 (N, ...), data x1 (N, ...) and times t (N,)."""
+        alpha, sigma, _, _ = self.coefficients(like(t, x1))
+        return alpha * x1 + sigma * x0
+
+
+class LinearPath(Path):
+    """alpha = t, sigma = 1 - t: straight lines (rectified flow)."""
+
+    name = "Linear"
+
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
+        one = torch.ones_like(t)
+        return Coefficients(t, 1 - t, one, -one)
+
+
+class GVPPath(Path):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): alpha^2 + sigma^2 = 1 (generalised variance preserving)."""
+
+    name = "GVP"
+
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
+        half_pi = math.pi / 2
+        # cos(pi t / 2) as the sine of the rest: exactly 0 at t = 1, and precise on the way there.
+        alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
+        return Coefficients(alpha, sigma, half_pi * sigma, -half_pi * alpha)
+
+
+class VPPath(Path):
+    """The variance-preserving diffusion of Song et al. (arXiv:2011.13456) with beta from 0.1 to 20, time reversed.
+
+    log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2, sigma = sqrt(1 - alpha^2). At t = 0 the data
+    has not vanished quite: alpha = 0.0066. At t = 1 the derivative of sigma is infinite.
+    """
+
+    name = "VP"
+    beta_min, beta_max = 0.1, 20.0
+
+    def coefficients(self, t: torch.Tensor) -> Coefficients:
+        s, slope = 1 - t, self.beta_max - self.beta_min
+        log_alpha = -0.25 * s**2 * slope - 0.5 * s * self.beta_min
+        d_log_alpha = 0.5 * s * slope + 0.5 * self.beta_min
+        alpha = log_alpha.exp()
+        sigma = torch.sqrt(-torch.expm1(2 * log_alpha))  # expm1: no cancellation near t = 1
+        d_alpha = alpha * d_log_alpha
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+
+PATHS: dict[str, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}
+
+
+def like(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """View times (N,) so that they broadcast over x (N, ...)."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))

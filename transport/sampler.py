@@ -1,0 +1,284 @@
+"""Sampling and likelihood: walk the levels, one solver call for each interval on which the field is smooth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from transport.noise import Generator, rademacher
+from transport.paths import like
+from transport.schedule import Interval
+from transport.solvers import solve_ode, solve_sde
+from transport.transport import Model, Transport
+
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
+SDE_EPS = 1e-3  # distance of the SDE from an end at which its drift is singular
+
+
+class Sampler:
+    """Solves a transport's ODE or SDE with a trained network.
+
+    The network is called as model(x, t, y=..., level=...). A solver call never crosses a level edge or a breakpoint
+    of guidance; at an edge each side uses its own level.
+
+    Where the transport's interval stops short of 0 or 1, the ends are linked to noise and data to leading order:
+    x = sigma x_0 at the start and x = alpha x_1 at the end. On [0, 1] both are exact.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+    # -- ODE -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_ode(
+        self,
+        model: Model,
+        x0: torch.Tensor,
+        method: str = "heun2",
+        num_steps: int | Sequence[int] = 50,
+        atol: float = 1e-6,
+        rtol: float = 1e-3,
+        y: torch.Tensor | None = None,
+        reverse: bool = False,
+    ) -> torch.Tensor:
+        """Follow the probability-flow ODE dx/dt = v(x, t) from noise to data (SiT, equation 2).
+
+        Args:
+            model:     network, guided or not
+            x0:        (N, ...) noise; with reverse, data
+            method:    a torchdiffeq method
+            num_steps: steps of a fixed-step method over the whole way, or one number per level
+            atol:      absolute tolerance of an adaptive method
+            rtol:      relative tolerance of an adaptive method
+            y:         (N,) class ids
+            reverse:   go from data to noise
+
+        Returns:
+            (N, ...) data, or noise with reverse.
+
+        Raises:
+            ValueError: if the method is unknown, there are fewer steps than intervals, or the levels do not match.
+            FloatingPointError: if an adaptive method fails.
+        """
+        start, stop = self.transport.sample_interval
+        if reverse:
+            start, stop = stop, start
+        x = x0 * self._boundary(start, x0)
+        for interval, steps in self._plan(model, start, stop, num_steps):
+            field = self._velocity(model, interval, y)
+            x = solve_ode(field, x, interval.start, interval.stop, method, steps, atol, rtol)
+        return x / self._boundary(stop, x0)
+
+    # -- SDE -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_sde(
+        self,
+        model: Model,
+        x0: torch.Tensor,
+        method: str = "Euler",
+        num_steps: int | Sequence[int] = 250,
+        diffusion_form: str = "sigma",
+        diffusion_norm: float = 1.0,
+        last_step: str | None = "Mean",
+        last_step_size: float = 0.04,
+        generator: Generator = None,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Follow dx = [v(x, t) + w_t s(x, t)] dt + sqrt(2 w_t) dW from noise to data (SiT, equation 4).
+
+        Every w_t >= 0 has the same marginals. The last step takes x over the last stretch without noise.
+
+        Args:
+            model:          network, guided or not
+            x0:             (N, ...) noise
+            method:         "Euler" (Euler-Maruyama) or "Heun"
+            num_steps:      steps over the whole way, the last step included, or one number per level
+            diffusion_form: w_t, one of DIFFUSION_FORMS (SiT, table 2)
+            diffusion_norm: factor of w_t
+            last_step:      "Mean" (the drift alone), "Tweedie" (the expected data), "Euler" (the ODE), or None
+            last_step_size: length of the last step in t; without a last step it has no meaning
+            generator:      source of the increments: one generator, or one per sample
+            y:              (N,) class ids
+
+        Returns:
+            (N, ...) data.
+
+        Raises:
+            ValueError: if a name is unknown, a number is out of range, or the last step crosses a level edge.
+        """
+        start, stop = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
+        x = x0 * self._boundary(start, x0)
+        plan = self._plan(model, start, stop, num_steps, reserve=0 if last_step is None else 1)
+        for interval, steps in plan:
+            drift = self._sde_drift(model, interval, y, diffusion_form, diffusion_norm)
+            diffusion = partial(self.diffusion, form=diffusion_form, norm=diffusion_norm)
+            x = solve_sde(drift, diffusion, x, interval.start, interval.stop, method, steps, generator)
+        if last_step is None:
+            return x / self._boundary(stop, x0)
+
+        finest = self.transport.schedule.intervals(stop, 1.0, getattr(model, "breakpoints", ()))[0]
+        t = torch.as_tensor(stop, dtype=x.dtype, device=x.device)
+        if last_step == "Mean":
+            return x + last_step_size * self._sde_drift(model, finest, y, diffusion_form, diffusion_norm)(t, x)
+        if last_step == "Euler":
+            return x + last_step_size * self._velocity(model, finest, y)(t, x)
+        times = t.expand(len(x))
+        return self.transport.convert(self._network(model, finest)(x, times, y=y), x, times, "data")
+
+    def diffusion(self, t: torch.Tensor, form: str, norm: float = 1.0) -> torch.Tensor:
+        """The diffusion coefficient w_t (SiT, table 2), of the shape of t."""
+        c = self.transport.path.coefficients(t)
+        if form == "constant":
+            w = torch.ones_like(t)
+        elif form == "SBDM":
+            w = c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma)
+        elif form == "sigma":
+            w = c.sigma
+        elif form == "linear":
+            w = 1 - t
+        elif form == "decreasing":
+            w = 0.25 * (torch.cos(math.pi * t) + 1) ** 2
+        else:
+            w = torch.sin(math.pi * t) ** 2
+        return norm * w
+
+    def _sde_interval(
+        self, form: str, norm: float, last_step: str | None, last_step_size: float
+    ) -> tuple[float, float]:
+        if form not in DIFFUSION_FORMS:
+            raise ValueError(f"unknown diffusion form {form!r}; choose one of {', '.join(DIFFUSION_FORMS)}")
+        if last_step not in LAST_STEPS:
+            raise ValueError(f"unknown last step {last_step!r}; choose one of {', '.join(map(str, LAST_STEPS))}")
+        if not norm >= 0:
+            raise ValueError(f"the diffusion norm must not be negative, got {norm}")
+        start, stop = self.transport.sample_interval
+        if form == "SBDM" and self.transport.path.name != "VP":  # w_t is infinite where alpha = 0
+            start = max(start, SDE_EPS)
+        if last_step is None:
+            return start, min(stop, 1 - SDE_EPS)  # the score divides by sigma
+        if not 0 < last_step_size < 1 - start:
+            raise ValueError(f"the last step's size must be in (0, {1 - start:g}), got {last_step_size}")
+        stop, edge = 1 - last_step_size, self.transport.schedule.edges[-2]
+        if stop < edge - 1e-6:  # the tolerance is for 1 - 0.93 < 0.07
+            raise ValueError(
+                f"a last step of {last_step_size:g} would cross the level edge at {edge:g}: choose at most {1 - edge:g}"
+            )
+        return start, max(stop, edge)
+
+    def _sde_drift(self, model: Model, interval: Interval, y: torch.Tensor | None, form: str, norm: float):
+        network, transport = self._network(model, interval), self.transport
+
+        def drift(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            times = t.to(x.dtype).expand(len(x))
+            output = network(x, times, y=y)
+            velocity, score = (transport.convert(output, x, times, target) for target in ("velocity", "score"))
+            return velocity + like(self.diffusion(times, form, norm), x) * score
+
+        return drift
+
+    # -- Likelihood ----------------------------------------------------------------------------------------------
+
+    def log_likelihood(
+        self,
+        model: Model,
+        x1: torch.Tensor,
+        y: torch.Tensor | None = None,
+        method: str = "dopri5",
+        num_steps: int | Sequence[int] = 50,
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        num_probes: int = 1,
+        generator: Generator = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-density of data by the change of variables along the ODE, d log p / dt = -div v (arXiv:1810.01367).
+
+        The divergence is Hutchinson's estimate with Rademacher probes, held fixed along the way; it is unbiased,
+        and exact where the Jacobian of v is diagonal.
+
+        Args:
+            model:      network, differentiable in x
+            x1:         (N, ...) data
+            y:          (N,) class ids
+            method:     a torchdiffeq method; num_steps, atol and rtol as in sample_ode
+            num_probes: probes averaged for the divergence
+            generator:  source of the probes: one generator, or one per sample
+
+        Returns:
+            log p(x1) in nats (N,), and the noise x0 (N, ...) that x1 comes from. See `bits_per_dim`.
+
+        Raises:
+            ValueError: as sample_ode, or if num_probes is below 1.
+        """
+        if num_probes < 1:
+            raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+        transport, dimensions = self.transport, x1[0].numel()
+        stop, start = transport.sample_interval  # from data to noise
+        probes = [rademacher(x1, generator) for _ in range(num_probes)]
+
+        x = x1 * self._boundary(start, x1)
+        change = torch.zeros(len(x1), dtype=x1.dtype, device=x1.device)  # of the log-density, from noise to data
+        for interval, steps in self._plan(model, start, stop, num_steps):
+            field = self._velocity_and_divergence(model, interval, y, probes)
+            x, change = solve_ode(field, (x, change), interval.start, interval.stop, method, steps, atol, rtol)
+        alpha, sigma = self._boundary(start, x1), self._boundary(stop, x1)
+        x0 = x / sigma
+        log_prob = transport.noise.log_prob(x0) + change + dimensions * (torch.log(alpha) - torch.log(sigma))
+        return log_prob, x0
+
+    def _velocity_and_divergence(
+        self, model: Model, interval: Interval, y: torch.Tensor | None, probes: list[torch.Tensor]
+    ):
+        velocity_at = self._velocity(model, interval, y)
+
+        def field(t: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                x = state[0].detach().requires_grad_()
+                velocity = velocity_at(t, x)
+                divergence = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+                for number, probe in enumerate(probes, start=1):
+                    (product,) = torch.autograd.grad(velocity, x, probe, retain_graph=number < len(probes))
+                    divergence = divergence + (product * probe).flatten(1).sum(1) / len(probes)
+            return velocity.detach(), divergence.detach()
+
+        return field
+
+    # -- The walk ------------------------------------------------------------------------------------------------
+
+    def _plan(
+        self, model: Model, start: float, stop: float, num_steps: int | Sequence[int], reserve: int = 0
+    ) -> list[tuple[Interval, int]]:
+        """The smooth intervals on the way and the steps of each; `reserve` steps of the finest level are kept back."""
+        self.transport.check_levels(model)
+        schedule = self.transport.schedule
+        intervals = schedule.intervals(start, stop, getattr(model, "breakpoints", ()))
+        return list(zip(intervals, schedule.share_steps(num_steps, intervals, reserve), strict=True))
+
+    def _network(self, model: Model, interval: Interval) -> Model:
+        if hasattr(model, "on_interval"):
+            return model.on_interval(interval)
+        return partial(model, level=interval.level)
+
+    def _velocity(self, model: Model, interval: Interval, y: torch.Tensor | None):
+        network, transport = self._network(model, interval), self.transport
+
+        def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            times = t.to(x.dtype).expand(len(x))
+            return transport.convert(network(x, times, y=y), x, times, "velocity")
+
+        return velocity
+
+    def _boundary(self, end: float, x: torch.Tensor) -> torch.Tensor:
+        """What multiplies noise at the noisy end of the interval, and data at the clean end: sigma or alpha (0-d)."""
+        c = self.transport.path.coefficients(torch.tensor(end, dtype=torch.float64))
+        return (c.sigma if end < 0.5 else c.alpha).to(x.device, x.dtype)
+
+
+def bits_per_dim(log_prob: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """Negative log-density in nats (N,) to bits per dimension (N,)."""
+    return -log_prob / (dimensions * math.log(2))

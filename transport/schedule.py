@@ -1,0 +1,144 @@
+"""Which level is active when (PPFlow, arXiv:2506.23543, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+
+class Interval(NamedTuple):
+    """A stretch of time on which everything is smooth; start > stop when time runs from data to noise."""
+
+    level: int
+    start: float
+    stop: float
+
+    @property
+    def length(self) -> float:
+        return abs(self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class PatchSchedule:
+    """Levels over time: level l is active on [edges[l], edges[l + 1]], edges = (0, *level_edges, 1).
+
+    Args:
+        level_edges: interior times at which the patch size changes, ascending; () is a single level
+
+    Raises:
+        ValueError: if the edges are not ascending numbers strictly between 0 and 1.
+    """
+
+    level_edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            interior = tuple(math.fsum([edge]) for edge in self.level_edges)  # unlike float(), refuses text
+        except TypeError:
+            raise ValueError(f"level edges must be numbers, got {self.level_edges!r}") from None
+        object.__setattr__(self, "level_edges", interior)
+        if any(not low < high for low, high in pairwise(self.edges)):
+            raise ValueError(f"level edges must ascend strictly between 0 and 1, got {interior}")
+
+    @staticmethod
+    def default(num_levels: int) -> PatchSchedule:
+        """The paper's edges: (), (0.5,) and (0.5, 0.75); each further level halves the last one again.
+
+        Raises:
+            ValueError: if num_levels is below 1.
+        """
+        if num_levels < 1:
+            raise ValueError(f"a schedule has at least one level, got {num_levels}")
+        return PatchSchedule(tuple(1 - 0.5**level for level in range(1, num_levels)))
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return (0.0, *self.level_edges, 1.0)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.level_edges) + 1
+
+    def level_at(self, t: torch.Tensor) -> torch.Tensor:
+        """Levels of times t (N,); exactly on an edge the coarser one, as in PPFlow's code."""
+        edges = torch.tensor(self.level_edges, dtype=t.dtype, device=t.device)
+        return torch.bucketize(t, edges)
+
+    def intervals(self, start: float, stop: float, breakpoints: Sequence[float] = ()) -> list[Interval]:
+        """Cut the way from start to stop at every edge, and at further breakpoints (of guidance, say).
+
+        Invariant: consecutive intervals share an endpoint, none crosses an edge, together they cover the way.
+        """
+        low, high = min(start, stop), max(start, stop)
+        cuts = sorted({low, high, *(cut for cut in (*self.level_edges, *breakpoints) if low < cut < high)})
+        pieces = []
+        for a, b in pairwise(cuts):
+            level = sum(edge <= a for edge in self.level_edges)
+            pieces.append(Interval(level, a, b))
+        if start > stop:
+            pieces = [Interval(level, b, a) for level, a, b in reversed(pieces)]
+        return pieces
+
+    def share_steps(
+        self, num_steps: int | Sequence[int], intervals: Sequence[Interval], reserve: int = 0
+    ) -> list[int]:
+        """Steps for each interval: in proportion to the levels' lengths, at least one each.
+
+        Args:
+            num_steps: steps over the whole way, or one number per level of the schedule
+            intervals: pieces of the way, as `intervals` returns them
+            reserve:   steps of the finest level that are kept back (the last step of an SDE)
+
+        Raises:
+            ValueError: if the steps are no whole numbers or too few, or there is not one number per level.
+        """
+        pieces: dict[int, list[Interval]] = {}
+        for interval in intervals:
+            pieces.setdefault(interval.level, []).append(interval)
+        counts, note = _whole_numbers(num_steps), " (the last step apart)" if reserve else ""
+        if isinstance(counts, int):
+            lengths = [sum(interval.length for interval in group) for group in pieces.values()]
+            shares = _share(counts - reserve, lengths, [len(group) for group in pieces.values()], note)
+            per_level = dict(zip(pieces, shares, strict=True))
+        elif len(counts) == self.num_levels:
+            per_level = dict(enumerate((*counts[:-1], counts[-1] - reserve)))
+        else:
+            raise ValueError(f"{len(counts)} numbers of steps for {self.num_levels} level(s)")
+        steps = {}
+        for level, group in pieces.items():
+            shares = _share(per_level[level], [interval.length for interval in group], [1] * len(group), note)
+            steps.update(zip(group, shares, strict=True))
+        return [steps[interval] for interval in intervals]
+
+
+def _whole_numbers(num_steps: int | Sequence[int]) -> int | list[int]:
+    """The steps as plain integers (of numpy's, say), or ValueError."""
+    try:
+        return operator.index(num_steps)
+    except TypeError:
+        try:
+            return [operator.index(steps) for steps in num_steps]
+        except TypeError:
+            raise ValueError(f"steps must be whole numbers, got {num_steps!r}") from None
+
+
+def _share(total: int, weights: Sequence[float], least: Sequence[int], note: str = "") -> list[int]:
+    """Split a whole number in proportion to weights (largest remainders), at least so much each."""
+    if total < sum(least):
+        raise ValueError(f"{total} step(s){note} cannot cover {sum(least)} interval(s): give at least one step each")
+    quotas = [total * weight / sum(weights) for weight in weights]
+    shares = [max(low, math.floor(quota + 1e-9)) for low, quota in zip(least, quotas, strict=True)]
+    while sum(shares) != total:
+        # Give to the one furthest below its quota; where the least took too many, take from the one furthest above.
+        gap = [quota - share for quota, share in zip(quotas, shares, strict=True)]
+        if sum(shares) < total:
+            shares[max(range(len(gap)), key=lambda i: gap[i])] += 1
+        else:
+            shares[min((i for i in range(len(gap)) if shares[i] > least[i]), key=lambda i: gap[i])] -= 1
+    return shares

@@ -1,0 +1,265 @@
+"""What is learned: the training loss, and how a network's output becomes a velocity, score, noise or data estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from transport.noise import GaussianNoise
+from transport.paths import PATHS, Coefficients, Path, like
+from transport.schedule import PatchSchedule
+
+# A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
+Model = Callable[..., torch.Tensor]
+
+PREDICTIONS = ("velocity", "noise", "score", "data")
+LOSS_WEIGHTS = (None, "velocity", "likelihood")
+
+
+class Row(NamedTuple):
+    """scale * quantity = a x_1 + b x_0: each quantity is one row of a linear system in (x_1, x_0)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+
+
+def row(quantity: str, c: Coefficients) -> Row:
+    """The row of a quantity. The score -x_0 / sigma is scaled by sigma, so that sigma = 0 does no harm."""
+    zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
+    rows = {
+        "velocity": Row(c.d_alpha, c.d_sigma, one),
+        "noise": Row(zero, one, one),
+        "score": Row(zero, -one, c.sigma),
+        "data": Row(one, zero, one),
+    }
+    return rows[quantity]
+
+
+class Transport:
+    """The process between noise and data that a network learns; built by `create_transport`.
+
+    Args:
+        path:        the interpolant
+        prediction:  what the network outputs: "velocity", "noise", "score" or "data"
+        loss_weight: None, "velocity" or "likelihood"
+        train_eps:   training stays this far from singular ends of [0, 1]; None for the default
+        sample_eps:  the same for sampling and likelihood
+        schedule:    which level is active when
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prediction: str,
+        loss_weight: str | None,
+        train_eps: float | None,
+        sample_eps: float | None,
+        schedule: PatchSchedule,
+    ) -> None:
+        self.path = path
+        self.prediction = prediction
+        self.loss_weight = loss_weight
+        self.schedule = schedule
+        self.noise = GaussianNoise()
+        if path.name == "VP":
+            default_train, default_sample = 1e-5, 1e-3
+        elif prediction == "velocity" and loss_weight != "likelihood":
+            default_train, default_sample = 0.0, 0.0
+        else:
+            default_train, default_sample = 1e-3, 1e-3 if prediction != "velocity" else 0.0
+        self.train_eps = default_train if train_eps is None else train_eps
+        self.sample_eps = default_sample if sample_eps is None else sample_eps
+
+    # -- Intervals -----------------------------------------------------------------------------------------------
+
+    @property
+    def train_interval(self) -> tuple[float, float]:
+        """Times on which the network is trained. VP is regular at t = 0, so only its other end is cut."""
+        return (0.0 if self.path.name == "VP" else self.train_eps), 1 - self.train_eps
+
+    @property
+    def sample_interval(self) -> tuple[float, float]:
+        """Times from which and to which the ODE is solved."""
+        return (0.0 if self.path.name == "VP" else self.sample_eps), 1 - self.sample_eps
+
+    # -- Conversions ---------------------------------------------------------------------------------------------
+
+    def conversion(self, t: torch.Tensor, source: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients (A, B) of target = A x_t + B source, at times t.
+
+        With the path's row x_t = alpha x_1 + sigma x_0 and the rows (a, b) of source and (c, d) of target,
+        Cramer's rule gives A = (c b - d a) / det and B = (d alpha - c sigma) / det, det = alpha b - sigma a.
+        """
+        if source == target:
+            return torch.zeros_like(t), torch.ones_like(t)
+        path = self.path.coefficients(t)
+        (a, b, source_scale), (c, d, target_scale) = row(source, path), row(target, path)
+        determinant = (path.alpha * b - path.sigma * a) * target_scale
+        return (c * b - d * a) / determinant, (d * path.alpha - c * path.sigma) * source_scale / determinant
+
+    def convert(
+        self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, target: str, source: str | None = None
+    ) -> torch.Tensor:
+        """Turn the network's output at x_t into another quantity.
+
+        Args:
+            output: (N, ...) what the network predicts (or `source`)
+            x:      (N, ...) x_t
+            t:      (N,) times
+            target: "velocity", "noise", "score" or "data"
+
+        Raises:
+            ValueError: if a quantity is unknown.
+        """
+        source = self.prediction if source is None else source
+        for quantity in (source, target):
+            if quantity not in PREDICTIONS:
+                raise ValueError(f"unknown quantity {quantity!r}; choose one of {', '.join(PREDICTIONS)}")
+        if source == target:
+            return output
+        a, b = self.conversion(like(t, x), source, target)
+        return a * x + b * output
+
+    # -- Training ------------------------------------------------------------------------------------------------
+
+    def sample_times(self, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw times (N,), one from each of N equal strata of the training interval.
+
+        Each single time is uniform on the interval, so the mean of any function over a batch is unbiased for every
+        batch size; the strata only lower its variance. Neighbours in the batch are far apart in time: every
+        contiguous slice (a rank, a micro-batch) is close to stratified itself, and gets its share of each level.
+        """
+        device = generator.device if generator is not None else None
+        order = torch.tensor(_spread_order(num_samples), device=device)
+        shift = torch.randint(num_samples, (1,), generator=generator, device=device)
+        jitter = torch.rand(num_samples, generator=generator, device=device)
+        start, stop = self.train_interval
+        return start + (stop - start) * ((order + shift) % num_samples + jitter) / num_samples
+
+    def training_losses(
+        self,
+        model: Model,
+        x1: torch.Tensor,
+        y: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        t: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Denoising loss of each sample; its mean is an unbiased estimate of the loss at uniform t.
+
+        Each level's samples go through the model in one call. With a CPU generator (or times t on the CPU) the
+        split is known on the host, and a GPU is never waited for.
+
+        Args:
+            model:     called as model(x, t, y=..., level=...), once per level present
+            x1:        (N, ...) data
+            y:         (N,) class ids
+            generator: source of t and x0 where they are not given
+            t:         (N,) times in the training interval
+            x0:        (N, ...) noise
+
+        Returns:
+            "loss" (N,): mean squared error over the dimensions, weighted; "level" (N,) and "t" (N,).
+
+        Raises:
+            ValueError: if the model has another number of levels than the schedule.
+        """
+        self.check_levels(model)
+        if t is None:
+            t = self.sample_times(len(x1), generator)
+        if x0 is None:
+            x0 = self.noise.sample(x1.shape, generator, x1.device, x1.dtype)
+        level = self.schedule.level_at(t)
+        order, losses = [], []
+        for index in range(self.schedule.num_levels):
+            members = torch.nonzero(level == index).flatten()
+            if len(members):
+                times, members = t[members].to(x1.device, x1.dtype), members.to(x1.device)
+                labels = None if y is None else y[members]
+                order.append(members)
+                losses.append(self._loss(model, x1[members], x0[members], times, labels, index))
+        loss = torch.cat(losses)[torch.cat(order).argsort()]
+        return {"loss": loss, "level": level.to(x1.device), "t": t.to(x1.device)}
+
+    def _loss(
+        self, model: Model, x1: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, level: int
+    ) -> torch.Tensor:
+        c = self.path.coefficients(like(t, x1))
+        output = model(c.alpha * x1 + c.sigma * x0, t, y=y, level=level)
+        a, b, scale = row(self.prediction, c)
+        error = scale * output - (a * x1 + b * x0)
+        return error.square().flatten(1).mean(1) * self.weight(t)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Loss weight (N,) at times t, for the squared error of what the network predicts (SiT, section 3.2).
+
+        With g = sigma (sigma d_alpha / alpha - d_sigma), an error of the noise counts (g / sigma)^2 for "velocity",
+        which makes every prediction's loss that of the velocity, and g / sigma^2 for "likelihood". In terms of the
+        velocity these are 1 and 1 / g, regular at both ends; other errors are first turned into one of the velocity.
+        """
+        if self.loss_weight is None:
+            return torch.ones_like(t)
+        c = self.path.coefficients(t)
+        _, b = self.conversion(t, self.prediction, "velocity")
+        velocity_weight = (b / row(self.prediction, c).scale) ** 2
+        if self.loss_weight == "velocity":
+            return velocity_weight
+        return velocity_weight / (c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma))
+
+    def check_levels(self, model: Model) -> None:
+        """Refuse a model whose number of levels is known and differs from the schedule's (ValueError)."""
+        levels = getattr(model, "num_levels", self.schedule.num_levels)
+        if levels != self.schedule.num_levels:
+            raise ValueError(
+                f"the model has {levels} level(s) but the schedule {self.schedule.num_levels}: "
+                f"give {levels - 1} level edge(s)"
+            )
+
+
+@lru_cache
+def _spread_order(n: int) -> tuple[int, ...]:
+    """A permutation of 0..n-1 of which every contiguous slice is spread over the whole range (van der Corput)."""
+    bits = max(1, (n - 1).bit_length())
+    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)]
+    rank = {value: position for position, value in enumerate(sorted(reversed_bits))}
+    return tuple(rank[value] for value in reversed_bits)
+
+
+def create_transport(
+    path_type: str = "Linear",
+    prediction: str = "velocity",
+    loss_weight: str | None = None,
+    train_eps: float | None = None,
+    sample_eps: float | None = None,
+    level_edges: Sequence[float] = (),
+) -> Transport:
+    """Build a Transport from plain values.
+
+    Args:
+        path_type:   "Linear", "GVP" or "VP"
+        prediction:  what the network outputs: "velocity", "noise", "score" or "data"
+        loss_weight: None (the prediction's own squared error), "velocity" or "likelihood"
+        train_eps:   distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 0 for
+                     velocity prediction (1e-3 with likelihood weights), else 1e-3
+        sample_eps:  the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
+        level_edges: interior times at which the level changes; () is a single level
+
+    Raises:
+        ValueError: if a name is unknown, an eps is not in [0, 0.5), or the edges are not a schedule.
+    """
+    for value, name, allowed in (
+        (path_type, "path type", tuple(PATHS)),
+        (prediction, "prediction", PREDICTIONS),
+        (loss_weight, "loss weight", LOSS_WEIGHTS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, allowed))}")
+    for value, name in ((train_eps, "train_eps"), (sample_eps, "sample_eps")):
+        if value is not None and not 0 <= value < 0.5:
+            raise ValueError(f"{name} must be in [0, 0.5), got {value}")
+    schedule = PatchSchedule(level_edges)
+    return Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule)
