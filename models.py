@@ -10,6 +10,7 @@ Letters in the shapes: N samples, C channels, H x W input, (p, q) patch, T = (H/
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -224,17 +225,21 @@ class PyramidalPatchDiT(nn.Module):
         self.initialize_weights()
 
     def _check(self) -> None:
-        if not self.patch_sizes:
-            raise ValueError("patch_sizes is empty: a model needs at least one level")
-        h, w = self.input_size
-        for level, (p, q) in enumerate(self.patch_sizes):
-            if p < 1 or q < 1 or h % p or w % q:
-                raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4")
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no width: hidden_size is {self.hidden_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4")
+        h, w = self.input_size
+        if h < 1 or w < 1:
+            raise ValueError(f"input_size must be at least 1, got {h}x{w}")
+        if not self.patch_sizes:
+            raise ValueError("patch_sizes is empty: a model needs at least one level")
+        for level, (p, q) in enumerate(self.patch_sizes):
+            if p < 1 or q < 1 or h % p or w % q:
+                raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
 
     def _grids(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per level the row and column coordinates of its tokens, in tokens of the finest level.
@@ -337,8 +342,10 @@ class PyramidalPatchDiT(nn.Module):
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"a size is one number or (height, width), got {sides}")
+    return operator.index(sides[0]), operator.index(sides[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------

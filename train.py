@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ def build_parser() -> ArgumentParser:
     training.add_argument("--class-dropout-prob", type=probability, default=0.1, help="labels made null, for guidance")
     training.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
     training.add_argument("--global-seed", type=natural_int, default=0, help="seed of everything random")
-    training.add_argument("--num-workers", type=natural_int, default=4, help="data loading processes per rank")
+    training.add_argument("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
+                          help="data loading processes per rank")  # fmt: skip
     add_transport_args(parser)
 
     logging = parser.add_argument_group("logging")
@@ -145,18 +147,19 @@ def build(
     with user_input():
         dataset = open_dataset(args.data_path, args.image_size)
         channels, *input_size = dataset.image_shape
-        num_classes = args.num_classes or dataset.num_classes
-        if num_classes < dataset.num_classes:
-            raise ValueError(f"--num-classes {num_classes} is too few: {args.data_path} has {dataset.num_classes}")
+        args.image_size, args.num_classes = input_size[0], args.num_classes or dataset.num_classes
+        if args.num_classes < dataset.num_classes:
+            raise ValueError(f"--num-classes {args.num_classes} is too few: {args.data_path} has {dataset.num_classes}")
         torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
-        model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=num_classes)
+        model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
+        args.level_edges = list(level_edges_of(args, model.num_levels))
         transport_config = {
             "path_type": args.path_type,
             "prediction": args.prediction,
             "loss_weight": args.loss_weight,
             "train_eps": args.train_eps,
             "sample_eps": args.sample_eps,
-            "level_edges": level_edges_of(args, model.num_levels),
+            "level_edges": args.level_edges,
         }
         transport = create_transport(**transport_config)
         transport.check_levels(model)
@@ -172,7 +175,7 @@ def build(
         "model": model.config,
         "transport": transport_config,
         "vae": args.vae,
-        "args": vars(args),
+        "args": dict(vars(args)),
         "torch": str(torch.__version__),
     }
     return dataset, model, transport, config
@@ -360,6 +363,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
         if not math.isfinite(grad_norm):
             # Before it reaches the weights. The gradient is averaged over processes, so all of them stop here.
+            progress.close()
             kept = newest_checkpoint(run_dir)
             advice = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
             raise UserError(f"the loss is not finite at step {step + 1}: {advice}; try --max-grad-norm 1, a lower --lr")

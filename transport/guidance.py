@@ -52,8 +52,8 @@ class ClassifierFreeGuidance:
         self.null_class = null_class
         self.channels = channels
         self.interval = interval
-        if num_levels is not None:
-            self.num_levels = num_levels
+        if num_levels is not None or len(scales) > 1:
+            self.num_levels = len(scales)
 
     @property
     def breakpoints(self) -> tuple[float, ...]:

@@ -1,0 +1,61 @@
+"""What the tests of the scripts share: a small trained run, and scripts started as users start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two threads that spin while waiting for each other stall for seconds on a busy machine.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
+
+TINY = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", "32", "--lr", "1e-3", "--num-workers", "0",
+        "--cfg-scales", "1.5", "--ema-decay", "0.9", "--sample-every", "1000"]  # fmt: skip
+
+
+def pytest_configure() -> None:
+    os.environ.update(ENVIRONMENT)
+    train.PREVIEW_STEPS = 4  # every run ends with a preview; the demo's test makes them at full length
+
+
+def start_script(script: str, *flags: object, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository, under torchrun where a number of processes is given."""
+    launcher = [sys.executable]
+    if processes is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, **ENVIRONMENT, **({"OMP_NUM_THREADS": "1"} if processes else {})}
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of PPF-T-2 after 20 steps on the digits, with a checkpoint every 10."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    train.train([*TINY, "--run-dir", str(run_dir), "--max-steps", "20", "--ckpt-every", "10", "--log-every", "1"])
+    return run_dir
+
+
+@pytest.fixture
+def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a script's main with bad input: it must end with one line on stderr and exit code 2, which is returned."""
+    from train_utils import run_script
+
+    def check(main: Callable[[list[str]], None], *flags: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: main([str(flag) for flag in flags]))
+        assert stopped.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1
+        return lines[0]
+
+    return check

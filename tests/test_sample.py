@@ -1,0 +1,212 @@
+"""sample.py and sample_utils.py: pictures, their cost, likelihood, there and back, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import start_script
+from PIL import Image
+
+from sample import main
+from train import train
+
+
+def cost(text: str, name: str) -> tuple[float, float]:
+    """NFE and GMACs per image that a row of the report states."""
+    (row,) = [line for line in text.splitlines() if line.startswith(name)]
+    nfe, gmacs, _ = row[22:].split()
+    return float(nfe), float(gmacs)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def noise_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with another path and prediction, and a single level."""
+    run_dir = tmp_path_factory.mktemp("runs") / "vp"
+    train(["--data-path", "digits", "--model", "SiT-T/2", "--path-type", "VP", "--prediction", "noise",
+           "--max-steps", "2", "--global-batch-size", "16", "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
+    return run_dir
+
+
+# -- Pictures and their cost -------------------------------------------------------------------------------------
+
+
+def test_grid_has_a_row_for_each_class_and_a_report(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "grid.png"
+    main(["ODE", "--ckpt", str(tiny_run), "--class-labels", "3", "1", "4", "--samples-per-class", "5",
+          "--num-sampling-steps", "10", "--cfg-scales", "2", "--out", str(out)])  # fmt: skip
+    assert Image.open(out).size == (5 * 66 + 2, 3 * 66 + 2)
+    nfe, _ = cost(capsys.readouterr().out, "pyramid")
+    assert nfe == 40  # ten steps of two evaluations, each on the label and on the null label
+
+
+def test_cost_counts_evaluations_and_macs_of_each_level(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    from models import create_model
+
+    with torch.device("meta"):
+        model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10)
+    main(["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "3", "5", "--sampling-method", "euler",
+          "--cfg-scales", "1", "2", "--compare-finest", "--out", str(tmp_path / "a.png")])  # fmt: skip
+    text = capsys.readouterr().out
+    nfe, gmacs = cost(text, "pyramid")
+    assert nfe == 3 * 1 + 5 * 2  # guidance at scale 1 is free
+    assert gmacs == pytest.approx((3 * model.macs(0) + 10 * model.macs(1)) / 1e9, abs=6e-4)
+    nfe, gmacs = cost(text, "finest")
+    assert nfe == 16
+    assert gmacs == pytest.approx(16 * model.macs(1) / 1e9, abs=6e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_run: Path, tmp_path: Path) -> None:
+    for mode, flags in (("ODE", []), ("SDE", ["--sampling-method", "Heun", "--diffusion-form", "linear"])):
+        grids = []
+        for batch_size in ("10", "3"):
+            out = tmp_path / f"{batch_size}.png"
+            main([mode, "--ckpt", str(tiny_run), "--num-sampling-steps", "6", "--batch-size", batch_size, *flags,
+                  "--out", str(out)])  # fmt: skip
+            grids.append(pixels(out))
+        assert abs(grids[0] - grids[1]).max() <= 1
+
+
+def test_settings_change_the_picture(tiny_run: Path, tmp_path: Path) -> None:
+    variants = [[], ["--seed", "1"], ["--cfg-scales", "1"], ["--weights", "model"], ["--level-edges", "0.25"],
+                ["--cfg-interval", "0.2", "0.6"], ["--sampling-method", "dopri5"], ["--num-sampling-steps", "5"]]  # fmt: skip
+    pictures = []
+    for number, flags in enumerate(variants):
+        main(["ODE", "--ckpt", str(tiny_run), *flags, "--out", str(tmp_path / f"{number}.png")])
+        pictures.append(pixels(tmp_path / f"{number}.png"))
+    for number, picture in enumerate(pictures[1:], start=1):
+        assert (picture != pictures[0]).any(), variants[number]
+
+
+@pytest.mark.parametrize("last_step", ["None", "Mean", "Tweedie", "Euler"])
+def test_every_last_step_samples_another_path_and_prediction(noise_run: Path, last_step: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    main(["SDE", "--ckpt", str(noise_run), "--num-sampling-steps", "8", "--last-step", last_step, "--out", str(out)])
+    assert pixels(out).std() > 10
+
+
+def test_script_runs_as_a_user_starts_it(tiny_run: Path, tmp_path: Path) -> None:
+    done = start_script("sample.py", "ODE", "--ckpt", tiny_run, "--num-sampling-steps", 2, "--out", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert "NFE" in done.stdout
+    assert (tmp_path / "a.png").exists()
+
+
+# -- Likelihood, and there and back ------------------------------------------------------------------------------
+
+
+def test_likelihood_states_bits_of_seventeen_grey_levels(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "bits.json"
+    main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "6",
+          "--num-probes", "2", "--out", str(out)])  # fmt: skip
+    records = json.loads(out.read_text())
+    assert len(records) == 6
+    for record in records:
+        # A step between grey levels is 1/8, so a density p has mass p / 8 per dimension.
+        assert record["bits_per_dim"] == pytest.approx(-record["nats"] / (64 * math.log(2)) + 3)
+    stated = float(re.search(r"([\d.]+) \+- [\d.]+ bits per dimension", capsys.readouterr().out).group(1))
+    assert stated == pytest.approx(np.mean([record["bits_per_dim"] for record in records]), abs=1e-3)
+
+
+def test_likelihood_of_an_untrained_network_is_that_of_its_noise(tmp_path: Path) -> None:
+    """At the start the network is zero: nothing moves, and the density of an image is that of the Gaussian."""
+    from sklearn.datasets import load_digits
+
+    run_dir = tmp_path / "run"
+    train(["--data-path", "digits", "--model", "PPF-T-2", "--max-steps", "1", "--global-batch-size", "2", "--lr", "1e-30",
+           "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
+    out = tmp_path / "bits.json"
+    main(["ODE", "--ckpt", str(run_dir), "--likelihood", "--data-path", "digits", "--num-images", "20",
+          "--out", str(out)])  # fmt: skip
+    for record in json.loads(out.read_text()):
+        image = load_digits().images[record["image"]].reshape(-1) / 8 - 1
+        # Dequantisation adds u in [-1/16, 1/16] to each pixel: its mean effect is the variance, 1/768.
+        expected = -0.5 * (image**2 + 1 / 768).sum() - 32 * math.log(2 * math.pi)
+        assert record["nats"] == pytest.approx(expected, abs=5 * math.sqrt((image**2).sum() / 768 + 0.01))
+
+
+def test_likelihood_does_not_depend_on_the_batch(tiny_run: Path, tmp_path: Path) -> None:
+    nats = []
+    for size in ("7", "2"):
+        main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "7",
+              "--sampling-method", "rk4", "--num-sampling-steps", "6", "--batch-size", size,
+              "--out", str(tmp_path / size)])  # fmt: skip
+        nats.append([record["nats"] for record in json.loads((tmp_path / size).read_text())])
+    np.testing.assert_allclose(*nats, rtol=1e-4)
+
+
+def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "reverse.png"
+    main(["ODE", "--ckpt", str(tiny_run), "--reverse", "--data-path", "digits", "--num-images", "4", "--out", str(out)])
+    error = float(re.search(r"RMS error ([\d.e+-]+)", capsys.readouterr().out).group(1))
+    assert error < 5e-3
+    grid = pixels(out)
+    original, back = grid[:66], grid[-68:-2]
+    assert abs(original - back).max() <= 3
+    assert abs(original - grid[66:132]).max() > 50
+
+
+# -- Bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "words"),
+    [
+        ("ODE", ["--class-labels", "10"], "class label 10 is out of range: the model knows 0 to 9"),
+        ("ODE", ["--class-labels", "-1"], "-1"),
+        ("ODE", ["--cfg-scales", "1", "2", "3"], "3 guidance scale(s) for 2 level(s)"),
+        ("ODE", ["--cfg-interval", "0.5", "0.2"], "is empty"),
+        ("ODE", ["--model", "SiT-T/2"], "was trained with PPF-T-2"),
+        ("ODE", ["--image-size", "16"], "was trained with 8"),
+        ("ODE", ["--num-classes", "1000"], "was trained with 10"),
+        ("ODE", ["--num-steps", "10"], "--num-steps"),
+        ("ODE", ["--num-sampling-steps", "1"], "1 step(s)"),
+        ("ODE", ["--num-sampling-steps", "1", "2", "3"], "3 numbers of steps for 2 level(s)"),
+        ("ODE", ["--sampling-method", "dopri5", "--num-sampling-steps", "9"], "has no effect with dopri5"),
+        ("ODE", ["--atol", "1e-5"], "has no effect with heun2"),
+        ("ODE", ["--likelihood"], "need --data-path"),
+        ("ODE", ["--num-probes", "2"], "--num-probes has no effect without --likelihood"),
+        ("ODE", ["--likelihood", "--data-path", "digits", "--class-labels", "1"], "--class-labels has no effect"),
+        ("ODE", ["--likelihood", "--data-path", "nowhere"], "nowhere does not exist"),
+        ("ODE", ["--level-edges", "0.5", "0.7"], "give 1 level edge(s)"),
+        ("ODE", ["--diffusion-form", "sigma"], "--diffusion-form"),
+        ("SDE", ["--likelihood"], "--likelihood"),
+        ("SDE", ["--last-step", "None", "--last-step-size", "0.1"], "has no effect with --last-step None"),
+        ("SDE", ["--level-edges", "0.98"], "would cross the level edge at 0.98"),
+        ("SDE", ["--diffusion-form", "increasing-decresing"], "invalid choice"),
+        ("DDE", [], "invalid choice: 'DDE'"),
+    ],
+)
+def test_bad_flags_are_named(mode: str, flags: list[str], words: str, tiny_run: Path, tmp_path: Path, refuses) -> None:
+    out = tmp_path / "a.png"
+    assert words in refuses(main, mode, "--ckpt", tiny_run, "--out", out, *flags)
+    assert not out.exists()
+
+
+def test_checkpoint_trouble_is_named(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    assert "the following arguments are required: --ckpt" in refuses(main, "ODE")
+    assert "does not exist" in refuses(main, "ODE", "--ckpt", tmp_path / "none.pt")
+    assert "holds no checkpoints" in refuses(main, "ODE", "--ckpt", tmp_path)
+    whole = (tiny_run / "checkpoints" / "0000020.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    assert "is it truncated?" in refuses(main, "ODE", "--ckpt", tmp_path / "half.pt")
+
+
+def test_tensors_of_another_shape_are_named(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    checkpoint = torch.load(tiny_run / "checkpoints" / "0000020.pt", weights_only=True)
+    checkpoint["ema"]["y_embedder.embedding_table.weight"] = torch.zeros(7, 128)
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    line = refuses(main, "ODE", "--ckpt", tmp_path / "odd.pt")
+    assert "y_embedder.embedding_table.weight is (7, 128), the model wants (11, 128)" in line
+    del checkpoint["ema"]["y_embedder.embedding_table.weight"]
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    assert "y_embedder.embedding_table.weight is missing" in refuses(main, "ODE", "--ckpt", tmp_path / "odd.pt")

@@ -1,0 +1,124 @@
+"""sample_ddp.py: many samples, the same on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import start_script
+from PIL import Image
+
+from sample_ddp import build_parser, label_of, main, png_path, write_npz
+
+
+def npz(folder: Path) -> np.ndarray:
+    (file,) = folder.glob("*.npz")
+    with np.load(file) as archive:
+        assert archive.files == ["arr_0"]
+        return archive["arr_0"]
+
+
+@pytest.fixture
+def samples(tiny_run: Path, tmp_path: Path) -> Path:
+    """Eleven samples made by one process."""
+    main(["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11", "--num-sampling-steps", "4",
+          "--sample-dir", str(tmp_path / "alone")])  # fmt: skip
+    return tmp_path / "alone"
+
+
+def test_npz_is_what_adm_reads_in_sample_order(samples: Path) -> None:
+    array = npz(samples)
+    assert array.shape == (11, 8, 8, 3)
+    assert array.dtype == np.uint8
+    files = sorted(samples.rglob("*.png"))
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(11)]
+    assert all(np.array_equal(np.asarray(Image.open(file)), row) for file, row in zip(files, array, strict=True))
+
+
+def test_processes_and_batch_size_do_not_change_the_samples(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
+    done = start_script("sample_ddp.py", "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
+                        "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "two", processes=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    difference = npz(tmp_path / "two").astype(int) - npz(samples)
+    assert abs(difference).max() <= 1
+
+
+def test_sde_samples_do_not_depend_on_the_batch(tiny_run: Path, tmp_path: Path) -> None:
+    for size in ("5", "2"):
+        main(["SDE", "--ckpt", str(tiny_run), "--num-fid-samples", "5", "--num-sampling-steps", "6", "--cfg-scales", "2",
+              "--per-proc-batch-size", size, "--sample-dir", str(tmp_path / size)])  # fmt: skip
+    assert abs(npz(tmp_path / "5").astype(int) - npz(tmp_path / "2")).max() <= 1
+
+
+def test_only_what_is_missing_is_made(samples: Path, tiny_run: Path, capsys) -> None:
+    before = npz(samples)
+    (folder,) = (path for path in samples.iterdir() if path.is_dir())
+    (samples / f"{folder.name}.npz").unlink()
+    for index in (3, 7):
+        png_path(folder, index).unlink()
+    kept = png_path(folder, 5).stat().st_mtime_ns
+    main(["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11", "--num-sampling-steps", "4",
+          "--sample-dir", str(samples)])  # fmt: skip
+    assert "2 of 11 samples to make" in capsys.readouterr().out
+    assert png_path(folder, 5).stat().st_mtime_ns == kept
+    assert np.array_equal(npz(samples), before)
+
+
+def test_other_settings_do_not_share_a_folder(samples: Path, tiny_run: Path, refuses) -> None:
+    line = refuses(main, "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
+                   "--sample-dir", samples, "--label-sampling", "balanced")  # fmt: skip
+    assert "label_sampling random, not balanced" in line
+
+
+def test_labels() -> None:
+    balanced = build_parser().parse_args(["ODE", "--ckpt", "x", "--label-sampling", "balanced"])
+    assert set(Counter(label_of(i, 10, balanced) for i in range(50)).values()) == {5}
+    random = build_parser().parse_args(["ODE", "--ckpt", "x"])
+    counts = Counter(label_of(i, 10, random) for i in range(2000))
+    chi_square = sum((counts[label] - 200) ** 2 / 200 for label in range(10))
+    assert chi_square < 27.9  # 0.1 % point of chi-square with nine degrees of freedom
+
+
+def test_npz_is_written_in_little_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (60, 64, 64, 3), dtype=np.uint8)
+    for index, image in enumerate(images):
+        png_path(tmp_path, index).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(png_path(tmp_path, index))
+    tracemalloc.start()
+    write_npz(tmp_path / "all.npz", tmp_path, 60, (64, 64))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.nbytes / 2
+    assert np.array_equal(np.load(tmp_path / "all.npz")["arr_0"], images)
+
+
+def test_files_are_a_thousand_to_a_folder(tmp_path: Path) -> None:
+    assert png_path(tmp_path, 999).parent != png_path(tmp_path, 1000).parent
+    assert png_path(tmp_path, 49_999).parent == png_path(tmp_path, 49_000).parent
+
+
+def test_settings_are_stored(samples: Path) -> None:
+    (file,) = samples.rglob("settings.json")
+    settings = json.loads(file.read_text())
+    assert settings["checkpoint"] == "PPF-T-2, step 20"
+    assert settings["num_sampling_steps"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tf32", "--precision", "bf16"], "--tf32 and --precision say the same"),
+        (["--num-fid-samples", "0"], "at least 1"),
+        (["--cfg-scales", "1", "1", "1"], "3 guidance scale(s)"),
+        (["--num-fid-sample", "5"], "--num-fid-sample"),
+        (["--num-sampling-steps", "1"], "1 step(s)"),
+    ],
+)
+def test_bad_flags_are_named(flags: list[str], words: str, tiny_run: Path, tmp_path: Path, refuses) -> None:
+    assert words in refuses(main, "ODE", "--ckpt", tiny_run, "--sample-dir", tmp_path / "none", *flags)
+    assert not (tmp_path / "none").exists()
