@@ -1,21 +1,20 @@
 PYTHON ?= python3
 VENV   ?= .venv
+BIN    ?= $(VENV)/bin
 RUN    ?= results/demo
-BIN    := $(VENV)/bin
+
+# Threads that spin while they wait for each other stall for seconds on a machine with other work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint format bench
 
-# One install, redone only when requirements.txt changes.
-$(VENV)/.installed: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
-	touch $@
-
+# Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
 	$(BIN)/torchrun --nnodes=1 --nproc_per_node=1 train.py --model PPF-T-2 --data-path digits --run-dir $(RUN) \
-	    --max-steps 1500 --global-batch-size 128 --lr 1e-3 --warmup-steps 50 --ema-decay 0.995 --cfg-scales 1.5 \
-	    --num-workers 0 --log-every 50 --sample-every 500 --ckpt-every 500
-	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.5 --samples-per-class 10 --out $(RUN)/samples.png --compare-finest
+	    --max-steps 1200 --global-batch-size 128 --lr 1e-3 --warmup-steps 50 --ema-decay 0.995 --num-workers 0 \
+	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.3
+	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.3 --samples-per-class 10 --compare-finest \
+	    --out $(RUN)/samples.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -29,4 +28,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.levels
+	$(BIN)/python -m benchmarks.levels --model PPF-B-2 PPF-B-3
+
+# Installed once, and again when requirements.txt changes.
+$(VENV)/.installed: requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@

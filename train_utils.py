@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -276,7 +278,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read checkpoint {path}, is it truncated? ({reason})") from error
     if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "config", "step"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks model, ema, opt, config or step")
+        raise ValueError(
+            f"{path} is not a checkpoint of this train.py, which alone can be continued: "
+            f"weights of other programs go to --initialize_from (training) or --ckpt (sampling)"
+        )
     return checkpoint
 
 
@@ -395,11 +400,10 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
-    """Save images in [-1, 1] (N, C, H, W) as a grid; small ones are enlarged, pixel by pixel, to about 64."""
-    from PIL import Image
-
+    """Save images in [-1, 1] (N, C, H, W) as a grid; small ones are enlarged to about 64 pixels, to be read at once."""
     enlarge = max(1, 64 // max(images.shape[-2:]))
-    pixels = to_uint8(images).repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
-    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)
+    if enlarge > 1:
+        images = F.interpolate(images.float(), scale_factor=enlarge, mode="bicubic")
+    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=128)
     with complete_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)

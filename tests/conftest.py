@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-import train
-
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two threads that spin while waiting for each other stall for seconds on a busy machine.
+# Two threads that spin while waiting for each other stall for seconds on a busy machine. Set before torch is loaded.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
+os.environ.update(ENVIRONMENT)
+
+import train  # noqa: E402
 
 TINY = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", "32", "--lr", "1e-3", "--num-workers", "0",
         "--cfg-scales", "1.5", "--ema-decay", "0.9", "--sample-every", "1000"]  # fmt: skip
 
 
 def pytest_configure() -> None:
-    os.environ.update(ENVIRONMENT)
     train.PREVIEW_STEPS = 4  # every run ends with a preview; the demo's test makes them at full length
 
 

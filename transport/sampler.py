@@ -165,11 +165,13 @@ class Sampler:
         if not 0 < last_step_size < 1 - start:
             raise ValueError(f"the last step's size must be in (0, {1 - start:g}), got {last_step_size}")
         stop, edge = 1 - last_step_size, self.transport.schedule.edges[-2]
-        if stop < edge - 1e-6:  # the tolerance is for 1 - 0.93 < 0.07
+        if stop < edge - 1e-6:
             raise ValueError(
                 f"a last step of {last_step_size:g} would cross the level edge at {edge:g}: choose at most {1 - edge:g}"
             )
-        return start, max(stop, edge)
+        if start < edge and stop < edge + 1e-6:  # on the edge but for rounding, as 1 - 0.93 < 0.07 and 1 - 0.44 > 0.56
+            stop = edge
+        return start, stop
 
     def _sde_drift(self, model: Model, interval: Interval, y: torch.Tensor | None, form: str, norm: float):
         network, transport = self._network(model, interval), self.transport

@@ -85,9 +85,7 @@ class PatchSchedule:
             pieces = [Interval(level, b, a) for level, a, b in reversed(pieces)]
         return pieces
 
-    def share_steps(
-        self, num_steps: int | Sequence[int], intervals: Sequence[Interval], reserve: int = 0
-    ) -> list[int]:
+    def share_steps(self, num_steps: int | Sequence[int], intervals: Sequence[Interval], reserve: int = 0) -> list[int]:
         """Steps for each interval: in proportion to the levels' lengths, at least one each.
 
         Args:
@@ -133,7 +131,7 @@ def _share(total: int, weights: Sequence[float], least: Sequence[int], note: str
     if total < sum(least):
         raise ValueError(f"{total} step(s){note} cannot cover {sum(least)} interval(s): give at least one step each")
     quotas = [total * weight / sum(weights) for weight in weights]
-    shares = [max(low, math.floor(quota + 1e-9)) for low, quota in zip(least, quotas, strict=True)]
+    shares = [max(low, math.floor(quota)) for low, quota in zip(least, quotas, strict=True)]
     while sum(shares) != total:
         # Give to the one furthest below its quota; where the least took too many, take from the one furthest above.
         gap = [quota - share for quota, share in zip(quotas, shares, strict=True)]

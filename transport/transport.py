@@ -199,7 +199,7 @@ class Transport:
 
         With g = sigma (sigma d_alpha / alpha - d_sigma), an error of the noise counts (g / sigma)^2 for "velocity",
         which makes every prediction's loss that of the velocity, and g / sigma^2 for "likelihood". In terms of the
-        velocity these are 1 and 1 / g, regular at both ends; other errors are first turned into one of the velocity.
+        velocity these are 1 and 1 / g, finite at t = 0 too; other errors are first turned into one of the velocity.
         """
         if self.loss_weight is None:
             return torch.ones_like(t)

@@ -1,0 +1,188 @@
+"""Do large patches save the time that their arithmetic saves?
+
+    python -m benchmarks.levels --model PPF-B-2 PPF-B-3
+
+Times every level of a model on the same number of tokens: a level with a quarter of the tokens per sample gets four
+times the samples. All that a level costs besides its arithmetic then shows as fewer multiply-accumulates per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from models import PyramidalPatchDiT, canonical_name, create_model
+from train_utils import PRECISIONS, ArgumentParser, UserError, positive_int, run_script, use_precision, user_input
+
+DEFAULT_MODELS = ("PPF-S-2", "PPF-S-3", "PPF-B-2", "PPF-B-3")
+WARMUP = 2  # calls that are not timed
+BACKWARD_MACS = 3  # of forward and backward, in forward passes: one product becomes three
+
+
+def build_parser() -> ArgumentParser:
+    """The flags of this benchmark."""
+    parser = ArgumentParser(prog="levels.py", description="Time the levels of a model at equal tokens.")
+    parser.add_argument("--model", nargs="+", default=list(DEFAULT_MODELS), help="names, as in models.py")
+    parser.add_argument("--tokens", type=positive_int, help="tokens per call (default: 1024, on CUDA 65536)")
+    parser.add_argument("--repeats", type=positive_int, default=11, help="timed calls per level; the median counts")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward instead of forward only")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
+    return parser
+
+
+@dataclass(frozen=True)
+class Row:
+    """A level's line of the table."""
+
+    level: int
+    patch: tuple[int, int]
+    tokens: int  # per sample
+    batch: int  # samples per call
+    macs: int  # of one call
+    seconds: float  # per call
+
+    @property
+    def macs_per_second(self) -> float:
+        return self.macs / self.seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of that name, or the fastest there is.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+    """Duration of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def evaluation(model: PyramidalPatchDiT, level: int, batch: int, precision: str, backward: bool) -> Callable[[], None]:
+    """A function that evaluates one level on random inputs, and with `backward` its gradient as well."""
+    device = next(model.parameters()).device
+    x = torch.randn(batch, model.in_channels, *model.input_size, device=device)
+    t = torch.rand(batch, device=device)
+    y = torch.randint(model.num_classes + 1, (batch,), device=device)
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward), use_precision(precision, device):
+            out = model(x, t, y, level=level)
+        if backward:
+            out.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+    return call
+
+
+def measure(
+    model: PyramidalPatchDiT, tokens: int, repeats: int, device: torch.device, precision: str, backward: bool
+) -> list[Row]:
+    """One row per level. The levels take turns, so that noise of the machine hits all of them alike.
+
+    Raises:
+        UserError: if `tokens` is not a whole number of samples at some level.
+    """
+    per_sample = [model.num_tokens(level) for level in range(model.num_levels)]
+    if any(tokens % number for number in per_sample):
+        text = ", ".join(map(str, per_sample))
+        raise UserError(f"--tokens {tokens} is no whole number of samples of {text}: give a multiple of "
+                        f"{math.lcm(*per_sample)}")  # fmt: skip
+    batches = [tokens // number for number in per_sample]
+    calls = [evaluation(model, level, batch, precision, backward) for level, batch in enumerate(batches)]
+    for call in calls * WARMUP:
+        call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats):
+        levels = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
+        for level in levels:
+            seconds[level].append(seconds_of(calls[level], device))
+    factor = BACKWARD_MACS if backward else 1
+    return [
+        Row(level, patch, per_sample[level], batch, factor * batch * model.macs(level), statistics.median(taken))
+        for level, (patch, batch, taken) in enumerate(zip(model.patch_sizes, batches, seconds, strict=True))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+COLUMNS = ("level", "patch", "tokens", "batch", "GMACs/sample", "ms/call", "GMACs/s", "ratio")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text; the ratio is that of GMACs/s to the finest level's."""
+    lines = [COLUMNS]
+    for row in rows:
+        ratio = row.macs_per_second / rows[-1].macs_per_second
+        lines.append((
+            f"{row.level}", f"{row.patch[0]}x{row.patch[1]}", f"{row.tokens}", f"{row.batch}",
+            f"{row.macs / row.batch / 1e9:.3f}", f"{row.seconds * 1e3:.1f}", f"{row.macs_per_second / 1e9:.1f}",
+            f"{ratio:.3f}",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a table for each model."""
+    device = open_device(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    tokens = args.tokens or (65_536 if device.type == "cuda" else 1024)
+    with user_input():
+        names = [canonical_name(name) for name in args.model]
+    mode = "forward and backward" if args.backward else "forward"
+    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; {mode}, {precision}, "
+          f"{tokens} tokens per call, median of {args.repeats}")  # fmt: skip
+    for name in names:
+        torch.manual_seed(0)
+        model = create_model(name).to(device)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)  # modulation and heads start at zero, and zeros can be faster
+        print(f"\n{name}\n{table(measure(model, tokens, args.repeats, device, precision, args.backward))}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark with these command-line arguments."""
+    run(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_script(main)
