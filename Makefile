@@ -11,9 +11,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
 	$(BIN)/torchrun --nnodes=1 --nproc_per_node=1 train.py --model PPF-T-2 --data-path digits --run-dir $(RUN) \
-	    --max-steps 1200 --global-batch-size 128 --lr 1e-3 --warmup-steps 50 --ema-decay 0.995 --num-workers 0 \
-	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.3
-	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.3 --samples-per-class 10 --compare-finest \
+	    --max-steps 1400 --global-batch-size 128 --lr 1e-3 --warmup-steps 50 --ema-decay 0.995 --num-workers 0 \
+	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.5
+	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.5 --samples-per-class 10 --compare-finest \
 	    --out $(RUN)/samples.png
 
 test: $(VENV)/.installed
