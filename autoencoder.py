@@ -6,9 +6,13 @@ so that the network sees numbers of about unit variance.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +21,8 @@ from transport.noise import Generator, randn
 # What SiT and DiT call --vae ema and --vae mse.
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
-DECODE_BATCH = 16
+# Pixels that are encoded or decoded at once, about 3 GB of activations in fp32; halved when even that is too much.
+BATCH_PIXELS = 16 * 256 * 256
 
 
 def autoencoder_name(vae: str) -> str:
@@ -32,7 +37,7 @@ def autoencoder_name(vae: str) -> str:
 class PixelSpace:
     """No autoencoder: the network sees images."""
 
-    name = "none"
+    name, channels, factor = "none", None, 1  # any number of channels
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(image_shape)
@@ -44,8 +49,48 @@ class PixelSpace:
         return latents
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """x = (z - shift) * scale between an autoencoder's latents z and the network's x; numbers, or one per channel."""
+
+    shift: float | tuple[float, ...] = 0.0
+    scale: float | tuple[float, ...] = 1.0
+
+    @classmethod
+    def from_config(cls, config: Any) -> Scaling:
+        """That of a diffusers autoencoder: one factor, and for some a mean and deviation of each channel besides."""
+        factor = config["scaling_factor"]
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            return cls(config.get("shift_factor") or 0.0, factor)
+        return cls(tuple(config["latents_mean"]), tuple(factor / deviation for deviation in config["latents_std"]))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Scaling:
+        """From the two fields as JSON has them: numbers or lists."""
+        return cls(*(tuple(value) if isinstance(value, list | tuple) else value for value in
+                     (values["shift"], values["scale"])))  # fmt: skip
+
+    def apply(self, z: torch.Tensor) -> torch.Tensor:
+        """The network's x (N, C, h, w) of latents z."""
+        return (z - _per_channel(self.shift, z)) * _per_channel(self.scale, z)
+
+    def apply_to_deviation(self, deviation: torch.Tensor) -> torch.Tensor:
+        """The standard deviation of x where z has this one."""
+        return deviation * _per_channel(self.scale, deviation)
+
+    def invert(self, x: torch.Tensor) -> torch.Tensor:
+        """The latents z (N, C, h, w) of the network's x."""
+        return x / _per_channel(self.scale, x) + _per_channel(self.shift, x)
+
+
+def _per_channel(value: float | tuple[float, ...], like: torch.Tensor) -> float | torch.Tensor:
+    return torch.tensor(value).to(like).reshape(-1, 1, 1) if isinstance(value, tuple) else value
+
+
 class LatentSpace:
     """The latents of an AutoencoderKL or AutoencoderTiny; built by `load_autoencoder`.
+
+    The precision is the caller's autocast context.
 
     Args:
         name:  the autoencoder's full name
@@ -55,61 +100,90 @@ class LatentSpace:
     def __init__(self, name: str, model: torch.nn.Module) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        config = model.config
-        self.channels = config.latent_channels
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
-        if config.get("latents_mean") is not None:  # one number per channel, besides the common factor
-            shift, deviation = (torch.tensor(config[name]).reshape(-1, 1, 1) for name in ("latents_mean", "latents_std"))
-            scale = scale / deviation
-        self.shift, self.scale = shift, scale
+        self.channels = model.config.latent_channels
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        self.scaling = Scaling.from_config(model.config)
+        self.deterministic = type(model).__name__ == "AutoencoderTiny"
+
+    def with_scaling(self, scaling: Scaling) -> LatentSpace:
+        """The same autoencoder, its latents scaled otherwise: as a data set's latents_stats.pt wants it."""
+        other = copy.copy(self)
+        other.scaling = scaling
+        return other
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape (C, h, w) of the latents of images (3, H, W).
 
         Raises:
-            ValueError: if the autoencoder's factor does not divide the image.
+            ValueError: if the images have other channels, or the autoencoder's factor does not divide them.
         """
-        _, height, width = image_shape
+        channels, height, width = image_shape
+        if channels != self.model.config.in_channels:
+            raise ValueError(
+                f"{self.name} encodes {self.model.config.in_channels} channels, the images have {channels}"
+            )
         if height % self.factor or width % self.factor:
             raise ValueError(f"{self.name} shrinks images by {self.factor}, which does not divide {height}x{width}")
         return self.channels, height // self.factor, width // self.factor
 
-    def _on(self, value: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
-        return value.to(x) if isinstance(value, torch.Tensor) else value
-
     @torch.no_grad()
+    def raw_moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and standard deviation (N, C, h, w) of the unscaled latents of images in [-1, 1] (N, 3, H, W).
+
+        The deviation of a deterministic autoencoder is None.
+        """
+
+        def moments(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            encoded = self.model.encode(part)
+            if self.deterministic:
+                return (encoded.latents.float(),)
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+
+        if not len(images):
+            nothing = images.new_zeros(0, *self.latent_shape(images.shape[1:]))
+            return nothing, None if self.deterministic else nothing
+        parts = _in_batches(moments, images, pixels=images[0, 0].numel())
+        mean, *deviation = (torch.cat(part) for part in zip(*parts, strict=True))
+        return mean, deviation[0] if deviation else None
+
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (N, C, h, w) of the scaled latents of images in [-1, 1] (N, 3, H, W)."""
-        encoded = self.model.encode(images)
-        if hasattr(encoded, "latent_dist"):
-            mean, deviation = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        else:  # AutoencoderTiny is deterministic
-            mean = encoded.latents.float()
-            deviation = torch.zeros_like(mean)
-        scale = self._on(self.scale, mean)
-        return (mean - self._on(self.shift, mean)) * scale, deviation * scale
+        mean, deviation = self.raw_moments(images)
+        deviation = torch.zeros_like(mean) if deviation is None else deviation
+        return self.scaling.apply(mean), self.scaling.apply_to_deviation(deviation)
 
     def encode(self, images: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         """Scaled latents (N, C, h, w), drawn from the posterior of images in [-1, 1] (N, 3, H, W)."""
-        mean, deviation = self.moments(images)
-        return mean + deviation * randn(mean.shape, generator, mean.device, mean.dtype)
+        mean, deviation = self.raw_moments(images)
+        if deviation is not None:
+            mean = mean + deviation * randn(mean.shape, generator, mean.device, mean.dtype)
+        return self.scaling.apply(mean)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) in about [-1, 1] of scaled latents (N, C, h, w), in batches that fit the memory."""
-        z = latents / self._on(self.scale, latents) + self._on(self.shift, latents)
-        images, batch_size = [], DECODE_BATCH
-        while sum(map(len, images)) < len(z):
-            first = sum(map(len, images))
-            try:
-                images.append(self.model.decode(z[first : first + batch_size]).sample.float())
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                batch_size //= 2
-                torch.cuda.empty_cache()
-        return torch.cat(images) if images else z.new_zeros(0, 3, *(side * self.factor for side in z.shape[-2:]))
+        """Images (N, 3, H, W) in about [-1, 1] of scaled latents (N, C, h, w)."""
+        height, width = (side * self.factor for side in latents.shape[-2:])
+        if not len(latents):
+            return latents.new_zeros(0, 3, height, width)
+        z = self.scaling.invert(latents)
+        return torch.cat(_in_batches(lambda part: self.model.decode(part).sample.float(), z, pixels=height * width))
+
+
+def _in_batches(function: Callable[[torch.Tensor], Any], x: torch.Tensor, pixels: int) -> list[Any]:
+    """Results of the function for parts of x (N, ...) that fit the memory; `pixels` is the size of one image."""
+    results, first, size = [], 0, min(len(x), max(1, BATCH_PIXELS // pixels))
+    while first < len(x):
+        try:
+            results.append(function(x[first : first + size]))
+            first += size
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Only here, where the exception no longer holds what the failed call allocated.
+        size //= 2
+        torch.cuda.empty_cache()
+    return results
 
 
 Autoencoder = PixelSpace | LatentSpace
@@ -127,22 +201,40 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> Autoencode
     name = autoencoder_name(vae)
     if name == "none":
         return PixelSpace()
+    if Path(name).is_dir():
+        return LatentSpace(name, _read_model(name).to(device))
+    try:  # without asking the hub, if it was fetched before
+        model = _read_model(name, local_files_only=True)
+    except ValueError:
+        model = _read_model(name)
+    return LatentSpace(name, model.to(device))
+
+
+def _read_model(name: str, **options: Any) -> torch.nn.Module:
+    """The diffusers model of a local folder or a hub id (ValueError, in one line, if that fails)."""
     from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import
     from diffusers.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    hub_logging.set_verbosity(hub_logging.CRITICAL)  # retries are a dozen lines
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    advice = f"give --vae a local folder with config.json and the weights of an {' or '.join(kinds)}"
     try:
-        kind = AutoencoderKL.load_config(name)["_class_name"]
-        if kind not in kinds:
-            raise ValueError(f"the autoencoder {name} is a {kind}: give an {' or '.join(kinds)}")
-        return LatentSpace(name, kinds[kind].from_pretrained(name).to(device))
-    except (OSError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers and its hub disagree about arguments
+            kind = AutoencoderKL.load_config(name, **options).get("_class_name")
+            if kind in kinds:
+                options |= {"torch_dtype": torch.float32, "output_loading_info": True}
+                model, info = kinds[kind].from_pretrained(name, **options)
+                if info["missing_keys"]:
+                    raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing from its weights")
+                return model
+    except Exception as error:  # diffusers, the hub and safetensors raise a dozen kinds
         if Path(name).exists():
-            reason = f"it is not a folder that diffusers saved ({str(error).splitlines()[0]})"
+            reason = f"it is not a folder that diffusers saved ({' '.join(str(error).split())})"
         else:
             reason = "there is no such folder, and it could not be fetched from the hub"
             reason += " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
-            f"cannot load the autoencoder {name}: {reason}; give --vae a local folder with config.json and weights"
-        ) from error
+        raise ValueError(f"cannot load the autoencoder {name}: {reason}; {advice}") from error
+    raise ValueError(f"the autoencoder {name} is of the kind {kind}; {advice}")

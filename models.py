@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 FREQUENCY_FEATURES = 256  # sinusoidal features of t
 
@@ -166,10 +167,47 @@ class FinalLayer(nn.Module):
 # The model
 
 
-class PyramidalPatchDiT(nn.Module):
+# The README.md of save_pretrained; its model_card_kwargs={"repo_id": ...} fills in the name.
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id | default("PyramidalPatchDiT", true) }}
+
+A class-conditional diffusion transformer that uses large patches while the noise is high and small ones when detail
+appears: PPFlow ([arXiv:2506.23543](https://arxiv.org/abs/2506.23543)), and with a single patch size SiT
+([arXiv:2401.08740](https://arxiv.org/abs/2401.08740)).
+
+{{ shape }}
+
+```python
+import torch
+from models import PyramidalPatchDiT
+from transport import ClassifierFreeGuidance, PatchSchedule, Sampler, create_transport
+
+model = PyramidalPatchDiT.from_pretrained("{{ repo_id | default("path/or/repository", true) }}")
+transport = create_transport(level_edges=PatchSchedule.default(model.num_levels).level_edges)
+guided = ClassifierFreeGuidance(model, scales=(4.0,), null_class=model.num_classes)
+y = torch.tensor([0])
+x0 = torch.randn(len(y), model.in_channels, *model.input_size)
+with torch.no_grad():
+    x1 = Sampler(transport).sample_ode(guided, x0, method="heun2", num_steps=50, y=y)
+```
+"""
+
+
+class PyramidalPatchDiT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ppflow",
+    license="mit",
+    tags=["image-generation", "diffusion", "flow-matching", "arxiv:2506.23543", "arxiv:2401.08740"],
+    model_card_template=MODEL_CARD,
+):
     """Diffusion transformer with a pyramid of patch sizes (PPFlow, arXiv:2506.23543, section 3).
 
     A pure function of its inputs: no randomness, no branch on tensor values. Label dropout belongs to training.
+    from_pretrained, save_pretrained and push_to_hub are huggingface_hub's.
 
     Args:
         input_size:  side of the square input, or (H, W), in latent pixels
@@ -220,9 +258,10 @@ class PyramidalPatchDiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
         # Derived from the token grid, so not part of the state dict.
-        for level, grid in enumerate(self._grids()):
-            self.register_buffer(f"pos_embed_{level}", sincos_position_embedding(hidden_size, *grid), persistent=False)
+        for level in range(self.num_levels):
+            self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
         self.initialize_weights()
+        self._hub_mixin_config = self.config  # what save_pretrained writes: plain numbers, whatever was passed
 
     def _check(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -241,17 +280,15 @@ class PyramidalPatchDiT(nn.Module):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
 
-    def _grids(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per level the row and column coordinates of its tokens, in tokens of the finest level.
+    def position_embedding(self, level: int) -> torch.Tensor:
+        """(T, D) sine-cosine embedding of a level's token grid, measured in tokens of the finest level.
 
         A coarse token sits where its top-left fine token does: 0, 2, 4, ... when it is twice as large.
         """
-        (h, w), (fine_p, fine_q) = self.input_size, self.patch_sizes[-1]
-
-        def coordinates(side: int, patch: int, fine: int) -> torch.Tensor:
-            return torch.arange(side // patch, dtype=torch.float64) * patch / fine
-
-        return [(coordinates(h, p, fine_p), coordinates(w, q, fine_q)) for p, q in self.patch_sizes]
+        (h, w), (p, q), (fine_p, fine_q) = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
+        rows = torch.arange(h // p, dtype=torch.float64) * p / fine_p
+        columns = torch.arange(w // q, dtype=torch.float64) * q / fine_q
+        return sincos_position_embedding(self.hidden_size, rows, columns)
 
     def initialize_weights(self) -> None:
         """Xavier-uniform linears with zero bias, tables and time MLP normal(0.02), modulation and heads zero (DiT)."""
@@ -306,6 +343,24 @@ class PyramidalPatchDiT(nn.Module):
     def level_parameters(self, level: int) -> list[nn.Parameter]:
         """The parameters that no other level uses: the level's patch embedding and head."""
         return [*self.x_embedder[level].parameters(), *self.final_layer.linear[level].parameters()]
+
+    # -- huggingface_hub ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> PyramidalPatchDiT:
+        # huggingface_hub's own default, False, leaves a tensor that is missing from the file at its random start.
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a saved model; keyword arguments fill in MODEL_CARD."""
+        patches = ", ".join(f"{p}x{q}" for p, q in self.patch_sizes)
+        size = "x".join(map(str, (self.in_channels, *self.input_size)))
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        shape = (
+            f"Patches {patches} (coarsest first) on {size} inputs; width {self.hidden_size}, {self.depth} blocks, "
+            f"{self.num_heads} heads, {self.num_classes} classes; {parameters:,} parameters."
+        )
+        return super().generate_model_card(*args, **{"shape": shape, **kwargs})
 
     # -- Evaluation ----------------------------------------------------------------------------------------------
 

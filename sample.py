@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from data import Digits, ImageFolderDataset, open_dataset
+from data import AnyDataset, open_dataset
 from sample_utils import (
     SAMPLES,
     EvaluationCounter,
@@ -143,7 +143,7 @@ def sample(args: argparse.Namespace, trained: TrainedModel, device: torch.device
 def timed_samples(
     args: argparse.Namespace, trained: TrainedModel, labels: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, tuple[float, float, float]]:
-    """Samples (N, C, H, W), and their cost: NFE, GMACs per image, seconds."""
+    """Images in [-1, 1] (N, C, H, W), and the cost of solving for them: NFE, GMACs per image, seconds."""
     images, indices = [], range(len(labels))
     with tqdm(unit="evaluation", desc="sampling", leave=False) as progress, use_precision(args.precision, device):
         counter = EvaluationCounter(trained.model, progress)
@@ -152,8 +152,11 @@ def timed_samples(
         for first in range(0, len(labels), args.batch_size):
             batch = slice(first, first + args.batch_size)
             images.append(draw_samples(trained, counter, args, labels[batch], indices[batch], args.seed, device))
-        images = torch.cat(images).float().cpu()  # waits for the device
+        x1 = torch.cat(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
+        images = trained.autoencoder.decode(x1).float().cpu()
     return images, (counter.nfe(len(labels)), counter.gmacs(len(labels)), seconds)
 
 
@@ -166,9 +169,9 @@ def warm_up(trained: TrainedModel, args: argparse.Namespace, device: torch.devic
 
 
 def given_images(
-    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
+    args: argparse.Namespace, dataset: AnyDataset, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Images (N, C, H, W) and labels (N,) of --data-path, and their numbers: a random choice by --seed."""
+    """Images (or stored latents) (N, C, H, W) and labels (N,) of --data-path, and their numbers: a choice by --seed."""
     (generator,) = sample_generators(args.seed, [0])
     numbers = torch.randperm(len(dataset), generator=generator)[: args.num_images or 16].tolist()
     with user_input():
@@ -176,14 +179,16 @@ def given_images(
     return torch.stack(images).to(device), torch.tensor(labels, device=device), numbers
 
 
-def likelihood(
-    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
-) -> None:
-    """Bits per dimension of given images, dequantised uniformly (SiT, likelihood; arXiv:1511.01844, section 3.1)."""
-    x1, y, numbers = given_images(args, trained, dataset, device)
+def likelihood(args: argparse.Namespace, trained: TrainedModel, dataset: AnyDataset, device: torch.device) -> None:
+    """Bits per dimension: of pixels, dequantised uniformly (arXiv:1511.01844, section 3.1), or of latents."""
+    x1, y, numbers = given_images(args, dataset, device)
     generators = sample_generators(args.seed, numbers, SAMPLES)
-    uniform = torch.stack([torch.rand(x1.shape[1:], generator=generator) for generator in generators]).to(device)
-    x1 = x1 + (uniform - 0.5) * dataset.value_step
+    pixels = trained.autoencoder.name == "none"
+    if pixels:
+        uniform = torch.stack([torch.rand(x1.shape[1:], generator=generator) for generator in generators]).to(device)
+        x1 = x1 + (uniform - 0.5) * dataset.value_step
+    elif dataset.kind == "images":
+        x1 = trained.autoencoder.encode(x1, generators)
     sampler, log_probs = Sampler(trained.transport), []
     with tqdm(unit="evaluation", desc="likelihood", leave=False) as progress, use_precision(args.precision, device):
         counter = EvaluationCounter(trained.model, progress)
@@ -197,8 +202,9 @@ def likelihood(
             log_probs.append(log_prob)
         log_prob = torch.cat(log_probs).cpu()
         seconds = time.perf_counter() - start
-    # The images are discrete: a pixel value has the density's mass over one step of values.
-    bits = bits_per_dim(log_prob, x1[0].numel()) - math.log2(dataset.value_step)
+    bits = bits_per_dim(log_prob, x1[0].numel())
+    if pixels:  # they are discrete: a value has the density's mass over one step of values
+        bits -= math.log2(dataset.value_step)
     out = args.out or "likelihood.json"
     records = zip(numbers, y.tolist(), log_prob.tolist(), bits.tolist(), strict=True)
     with user_input(), complete_file(out) as temporary:
@@ -209,22 +215,37 @@ def likelihood(
     print(f"mean log-density {log_prob.mean():.2f} nats; NFE {counter.nfe(len(bits)):.1f}, {seconds:.2f} s")
 
 
-def there_and_back(
-    args: argparse.Namespace, trained: TrainedModel, dataset: Digits | ImageFolderDataset, device: torch.device
-) -> None:
+def there_and_back(args: argparse.Namespace, trained: TrainedModel, dataset: AnyDataset, device: torch.device) -> None:
     """Images to noise by the reverse ODE and back again: one column each of image, noise, image."""
-    x1, y, _ = given_images(args, trained, dataset, device)
+    x1, y, numbers = given_images(args, dataset, device)
+    autoencoder = trained.autoencoder
+    if dataset.kind == "images":
+        with use_precision(args.precision, device):
+            x1 = autoencoder.encode(x1, sample_generators(args.seed, numbers, SAMPLES))
     with tqdm(unit="evaluation", desc="reverse", leave=False) as progress, use_precision(args.precision, device):
         network = guided(EvaluationCounter(trained.model, progress), args)
         solver = (args.sampling_method, per_level(args.num_sampling_steps), args.atol, args.rtol)
         x0 = Sampler(trained.transport).sample_ode(network, x1, *solver, y=y, reverse=True)
         back = Sampler(trained.transport).sample_ode(network, x0, *solver, y=y)
+        rows = [autoencoder.decode(x) for x in (x1, x0 / 3 if autoencoder.name == "none" else x0, back)]
     out = args.out or "reverse.png"
-    save_grid(torch.cat([x1, x0 / 3, back]).cpu(), out, columns=len(x1))
+    save_grid(torch.cat(rows).float().cpu(), out, columns=len(x1))
     error = (back - x1).square().mean().sqrt()
     print(
         f"{len(x1)} images to noise (mean {x0.mean():.3f}, std {x0.std():.3f}) and back, RMS error {error:.1e}: {out}"
     )
+
+
+def open_data(path: str, trained: TrainedModel) -> AnyDataset:
+    """The dataset of --data-path, if it fits the network (ValueError otherwise)."""
+    model, autoencoder = trained.model, trained.autoencoder
+    dataset = open_dataset(path, None if path == "digits" else trained.image_size[0], autoencoder)
+    shape = autoencoder.latent_shape(dataset.image_shape) if dataset.kind == "images" else dataset.image_shape
+    if shape != (model.in_channels, *model.input_size):
+        raise ValueError(f"{path} gives {shape} inputs, the network wants {(model.in_channels, *model.input_size)}")
+    if dataset.num_classes > model.num_classes:
+        raise ValueError(f"{path} has {dataset.num_classes} classes, the network knows {model.num_classes}")
+    return dataset
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -239,12 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample(args, trained, device)
         return
     with user_input():
-        size = None if args.data_path == "digits" else trained.model.input_size[0]
-        dataset = open_dataset(args.data_path, size)
-        if dataset.image_shape != (trained.model.in_channels, *trained.model.input_size):
-            raise ValueError(f"{args.data_path} has images of shape {dataset.image_shape}, {args.ckpt} wants others")
-        if dataset.num_classes > trained.model.num_classes:
-            raise ValueError(f"{args.data_path} has {dataset.num_classes} classes, {args.ckpt} fewer")
+        dataset = open_data(args.data_path, trained)
     (likelihood if args.likelihood else there_and_back)(args, trained, dataset, device)
 
 

@@ -10,7 +10,9 @@ matter, and a run that was interrupted makes what is missing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +21,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from models import PyramidalPatchDiT
 from sample_utils import (
     LABELS,
+    PROBES,
     EvaluationCounter,
     TrainedModel,
     add_model_args,
@@ -32,12 +37,14 @@ from sample_utils import (
     draw_samples,
     dry_run,
     load_trained,
+    per_level,
 )
 from train_utils import (
     ArgumentParser,
     Processes,
     broadcast_object,
     complete_file,
+    guided,
     natural_int,
     positive_int,
     run_script,
@@ -46,9 +53,10 @@ from train_utils import (
     use_precision,
     user_input,
 )
-from transport import sample_generators
+from transport import Sampler, bits_per_dim, sample_generators
 
 PNGS_PER_FOLDER = 1000
+NATS = "log-density in nats"  # key of a PNG file's text
 
 # Flags that do not change what sample i looks like.
 NOT_SETTINGS = {"sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size",
@@ -74,7 +82,14 @@ def build_parser() -> ArgumentParser:
                             help="labels: uniformly random, or all classes equally often")  # fmt: skip
         output.add_argument("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
         add_model_args(command, 1.0)
-        (add_ode_args if mode == "ODE" else add_sde_args)(command)
+        if mode == "SDE":
+            add_sde_args(command)
+            continue
+        add_ode_args(command)
+        likelihood = command.add_argument_group("likelihood")
+        likelihood.add_argument("--likelihood", action="store_true",
+                                help="also the log-density of each sample, in NAME-likelihood.npz")  # fmt: skip
+        likelihood.add_argument("--num-probes", type=positive_int, help="probes of the divergence (default: 1)")
     return parser
 
 
@@ -94,11 +109,18 @@ def folder_name(args: argparse.Namespace, trained: TrainedModel) -> str:
     return f"{name}-{trained.step:07d}-{args.mode}-{args.sampling_method}{steps}-cfg-{scales}-seed-{args.global_seed}"
 
 
+def fingerprint(model: PyramidalPatchDiT) -> str:
+    """Tells one set of weights from another."""
+    sums = [parameter.double().sum().item() for parameter in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
 def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     """The PNG folder, with the settings it belongs to; other settings in it are refused (ValueError)."""
     folder = Path(args.sample_dir) / folder_name(args, trained)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "transport": trained.config["transport"]}
+    settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "weights": fingerprint(trained.model),
+                 "vae": trained.autoencoder.name, "level_edges": trained.transport.schedule.level_edges}  # fmt: skip
     settings = json.loads(json.dumps(settings))
     file = folder / "settings.json"
     if file.exists():
@@ -133,6 +155,30 @@ def write_npz(path: Path, folder: Path, num_samples: int, shape: tuple[int, int]
                 file.write(np.asarray(image).tobytes())
 
 
+def write_likelihoods(path: Path, folder: Path, num_samples: int, dimensions: int) -> None:
+    """Collect the samples' log-densities into an .npz: nats (N,) and bits_per_dim (N,), in sample order."""
+    nats = []
+    for index in range(num_samples):
+        with Image.open(png_path(folder, index)) as image:
+            nats.append(float(image.text[NATS]))
+    bits = bits_per_dim(torch.tensor(nats, dtype=torch.float64), dimensions).numpy()
+    with complete_file(path) as temporary:
+        np.savez(temporary, nats=np.array(nats), bits_per_dim=bits)
+    print(f"saved {path}: mean {np.mean(nats):.2f} nats, {bits.mean():.4f} bits per dimension")
+
+
+def log_density(
+    trained: TrainedModel, args: argparse.Namespace, x1: torch.Tensor, labels: list[int], indices: list[int]
+) -> list[float]:
+    """Log-density in nats of samples x1 (N, C, H, W) under the process that drew them."""
+    generators = sample_generators(args.global_seed, indices, PROBES)
+    log_prob, _ = Sampler(trained.transport).log_likelihood(
+        guided(trained.model, args), x1, torch.tensor(labels, device=x1.device), args.sampling_method,
+        per_level(args.num_sampling_steps), args.atol, args.rtol, args.num_probes or 1, generators,
+    )  # fmt: skip
+    return log_prob.tolist()
+
+
 def generate(
     args: argparse.Namespace, trained: TrainedModel, folder: Path, indices: list[int], processes: Processes
 ) -> None:
@@ -145,11 +191,18 @@ def generate(
         for number, batch in enumerate(mine):
             labels = [label_of(index, trained.model.num_classes, args) for index in batch]
             with use_precision(args.precision, processes.device):
-                images = draw_samples(trained, counter, args, labels, batch, args.global_seed, processes.device)
-            for index, pixels in zip(batch, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
+                x1 = draw_samples(trained, counter, args, labels, batch, args.global_seed, processes.device)
+                images = trained.autoencoder.decode(x1)
+                nats = log_density(trained, args, x1, labels, batch) if args.mode == "ODE" and args.likelihood else None
+            for row, (index, pixels) in enumerate(
+                zip(batch, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True)
+            ):
+                text = PngInfo()
+                if nats is not None:
+                    text.add_text(NATS, repr(nats[row]))  # with its image: both are there, or neither
                 with complete_file(png_path(folder, index)) as temporary:
                     rgb = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # grey images become RGB
-                    Image.fromarray(np.ascontiguousarray(rgb)).save(temporary)
+                    Image.fromarray(np.ascontiguousarray(rgb)).save(temporary, pnginfo=text)
             # The others are about as far.
             round_of_batches = batches[number * processes.world_size : (number + 1) * processes.world_size]
             progress.update(sum(map(len, round_of_batches)))
@@ -159,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run sample_ddp.py with these command-line arguments."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.mode == "ODE" and args.num_probes and not args.likelihood:
+        parser.error("--num-probes has no effect without --likelihood")
     check_solver_args(parser, args)
     if args.tf32 is not None:
         if args.precision is not None:
@@ -169,8 +224,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_input():
         trained = load_trained(args, processes.device)
         dry_run(trained, args, processes.device)
-        if trained.model.in_channels not in (1, 3):
-            raise ValueError(f"{args.ckpt} makes {trained.model.in_channels} channels: PNG files hold 1 or 3")
         if processes.is_main:
             folder = prepare_folder(args, trained)
             missing = [i for i in range(args.num_fid_samples) if not png_path(folder, i).exists()]
@@ -183,8 +236,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.barrier()
     if processes.is_main:
         npz = folder.with_name(folder.name + ".npz")
-        write_npz(npz, folder, args.num_fid_samples, trained.model.input_size)
-        print(f"saved {npz}: arr_0 {(args.num_fid_samples, *trained.model.input_size, 3)} uint8")
+        write_npz(npz, folder, args.num_fid_samples, trained.image_size)
+        if args.mode == "ODE" and args.likelihood:
+            likelihoods = npz.with_name(folder.name + "-likelihood.npz")
+            model = trained.model
+            write_likelihoods(
+                likelihoods, folder, args.num_fid_samples, model.in_channels * math.prod(model.input_size)
+            )
+        print(f"saved {npz}: arr_0 {(args.num_fid_samples, *trained.image_size, 3)} uint8")
 
 
 if __name__ == "__main__":

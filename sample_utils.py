@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from download import load_pretrained
 from tqdm import tqdm
 
+from autoencoder import Autoencoder, load_autoencoder
 from models import PyramidalPatchDiT, canonical_name
 from train_utils import (
     PRECISIONS,
@@ -17,8 +19,6 @@ from train_utils import (
     add_cfg_args,
     add_level_edges,
     guided,
-    load_checkpoint,
-    load_weights,
     natural_float,
     optional_choice,
     positive_float,
@@ -36,7 +36,7 @@ from transport import (
     sample_generators,
 )
 
-SAMPLES, LABELS = 7, 8  # streams of random numbers; the others are in data.py and train.py
+SAMPLES, LABELS, PROBES = 7, 8, 10  # streams of random numbers; the others are in data.py and train.py
 
 # ---------------------------------------------------------------------------------------------------------------
 # Flags
@@ -45,11 +45,12 @@ SAMPLES, LABELS = 7, 8  # streams of random numbers; the others are in data.py a
 def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
     """Which network, and how it is guided: the same for ODE and SDE."""
     group = parser.add_argument_group("model")
-    group.add_argument("--ckpt", required=True, help="checkpoint of train.py, or a run's folder for its newest one")
-    group.add_argument("--model", help="name of the model, checked against the checkpoint")
+    group.add_argument("--ckpt", help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file "
+                       "in the layout of SiT or PPFlow (default: the published weights of --model)")  # fmt: skip
+    group.add_argument("--model", help="name of the model, checked against --ckpt (default without --ckpt: PPF-XL-2)")
     group.add_argument("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
     group.add_argument("--num-classes", type=positive_int, help="number of classes, checked against the checkpoint")
-    group.add_argument("--vae", choices=["none"], help="autoencoder (default: the checkpoint's)")
+    group.add_argument("--vae", help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)")
     group.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
     group.add_argument("--precision", choices=PRECISIONS, help="(default: tf32 on CUDA, fp32 on the CPU)")
     add_level_edges(group)
@@ -103,52 +104,73 @@ def check_solver_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network with the process it was trained for."""
+    """A network with the process it was trained for and the autoencoder of its latents."""
 
     name: str
     model: PyramidalPatchDiT
     transport: Transport
+    autoencoder: Autoencoder
     step: int
-    config: dict[str, Any]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = self.model.input_size
+        return height * self.autoencoder.factor, width * self.autoencoder.factor
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the images."""
+        return self.model.in_channels if self.autoencoder.name == "none" else 3
 
 
 def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel:
-    """The network and transport of --ckpt.
+    """The network of --ckpt (or the published one of --model), its transport and its autoencoder.
 
     Raises:
-        FileNotFoundError, ValueError: if the checkpoint is missing, damaged, or not what the flags say.
+        OSError, ValueError: if something is missing, damaged, or not what the flags say.
     """
-    checkpoint = load_checkpoint(args.ckpt)
-    config = checkpoint["config"]
-    model = PyramidalPatchDiT(**config["model"])
-    claims = {
-        "--model": (args.model and canonical_name(args.model), config["model_name"]),
-        "--image-size": (args.image_size, model.input_size[0]),
-        "--num-classes": (args.num_classes, model.num_classes),
-        "--vae": (args.vae, config["vae"]),
-    }
-    for flag, (claimed, actual) in claims.items():
-        if claimed is not None and claimed != actual:
-            raise ValueError(f"{flag} is {claimed}, but {args.ckpt} was trained with {actual}: leave {flag} out")
-    load_weights(model, checkpoint[args.weights], str(args.ckpt))
-    transport_config = config["transport"]
+    source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
+    pretrained = load_pretrained(source, weights=args.weights)
+    model = pretrained.model
+    transport_config = pretrained.transport
     if args.level_edges is not None:
         transport_config = {**transport_config, "level_edges": args.level_edges}
     transport = create_transport(**transport_config)
     transport.check_levels(model)
-    model = model.to(device).eval().requires_grad_(False)
     guided(model, args)  # refuses a wrong number of scales now, and not after minutes
-    return TrainedModel(config["model_name"], model, transport, checkpoint["step"], config)
+    claims = {
+        "--model": (args.model and canonical_name(args.model), pretrained.name),
+        "--num-classes": (args.num_classes, model.num_classes),
+    }
+    check_claims(claims, source)
+    autoencoder = load_autoencoder(args.vae or pretrained.vae, device)
+    if autoencoder.channels not in (None, model.in_channels):
+        raise ValueError(
+            f"the autoencoder {autoencoder.name} has {autoencoder.channels} channels, {source} {model.in_channels}"
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    trained = TrainedModel(pretrained.name, model, transport, autoencoder, pretrained.step)
+    check_claims({"--image-size": (args.image_size, trained.image_size[0])}, source)
+    if trained.image_channels not in (1, 3):
+        raise ValueError(f"{source} makes {trained.image_channels} channels, which no picture holds: give --vae")
+    return trained
+
+
+def check_claims(claims: dict[str, tuple[Any, Any]], source: str) -> None:
+    """Refuse flags that say something else of the weights than the weights themselves (ValueError)."""
+    for flag, (claimed, actual) in claims.items():
+        if claimed is not None and claimed != actual:
+            raise ValueError(f"{flag} is {claimed}, but {source} was trained with {actual}: leave {flag} out")
 
 
 def finest_only(trained: TrainedModel) -> TrainedModel:
     """The same network run at its finest level all the way, as a model with one level: what the pyramid saves on."""
-    model = _OneLevel(trained.model, trained.model.num_levels - 1)
     transport = trained.transport
     flat = create_transport(
         transport.path.name, transport.prediction, transport.loss_weight, transport.train_eps, transport.sample_eps
     )
-    return TrainedModel(trained.name, model, flat, trained.step, trained.config)
+    return replace(trained, model=_OneLevel(trained.model, trained.model.num_levels - 1), transport=flat)
 
 
 class _OneLevel:
@@ -213,7 +235,7 @@ def draw_samples(
     seed: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Samples in [-1, 1] (N, C, H, W); sample i is a function of (network, solver, seed, i) and its label.
+    """Samples (N, C, H, W) as the network sees them: each a function of (network, solver, seed, index) and its label.
 
     Args:
         labels:  N class ids

@@ -16,17 +16,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from download import initialize_levels, load_pretrained
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Digits, ImageFolderDataset, StepSampler, open_dataset, training_loader
+from autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
 from models import PyramidalPatchDiT, canonical_name, create_model
 from train_utils import (
     PRECISIONS,
@@ -58,7 +61,7 @@ from train_utils import (
 )
 from transport import Sampler, Transport, create_transport, sample_generators
 
-# Streams of random numbers; 1 and 2 belong to data.py.
+# Streams of random numbers; 1 and 2 belong to data.py, 7, 8 and 10 to sample_utils.py.
 NOISE, TIME, DROPOUT, PREVIEW = 3, 4, 5, 6
 
 # What may change when a run is continued; everything else would make it another run.
@@ -76,14 +79,19 @@ def build_parser() -> ArgumentParser:
     """The flags of train.py."""
     parser = ArgumentParser(prog="train.py", description="Train a diffusion transformer with a pyramid of patch sizes.")
     run = parser.add_argument_group("run")
-    run.add_argument("--data-path", required=True, help="'digits', or a folder with one sub-folder of images per class")
-    run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3} or SiT-{S,B,L,XL}/{2,4,8}")
-    run.add_argument("--image-size", type=positive_int, help="side of the images (default: digits 8, folders 256)")
+    run.add_argument("--data-path", required=True, help="'digits', a folder of class folders, a zip file, or latents")
+    run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}")
+    run.add_argument(
+        "--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)"
+    )
     run.add_argument("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
-    run.add_argument("--vae", choices=["none"], default="none", help="autoencoder; none trains on pixels")
+    run.add_argument("--vae", help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none "
+                     "for pixels (default: none for digits, that of the latents for latents, else ema)")  # fmt: skip
     run.add_argument("--results-dir", default="results", help="where a new numbered run folder is made")
     run.add_argument("--run-dir", help="the run's folder; an interrupted run in it is continued")
     run.add_argument("--ckpt", help="continue from this checkpoint, with the settings stored in it")
+    run.add_argument("--initialize_from", "--initialize-from", metavar="WEIGHTS",
+                     help="pretrained weights to start from: a name (SiT-XL/2), or a file of any layout")  # fmt: skip
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
@@ -105,7 +113,8 @@ def build_parser() -> ArgumentParser:
     logging = parser.add_argument_group("logging")
     logging.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of metrics")
     logging.add_argument("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints")
-    logging.add_argument("--sample-every", type=positive_int, default=10_000, help="steps between grids of EMA samples")
+    logging.add_argument("--sample-every", type=natural_int, default=10_000,
+                         help="steps between grids of EMA samples; 0 for none at all")  # fmt: skip
     logging.add_argument("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
     add_cfg_args(parser, default=4.0)
     return parser
@@ -140,19 +149,43 @@ def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, 
     return args, checkpoint
 
 
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[AnyDataset, Autoencoder | None]:
+    """The dataset, and the autoencoder of its latents; None where nothing is encoded or shown.
+
+    Raises:
+        ValueError, OSError: if either cannot be had, or they do not fit together.
+    """
+    autoencoder = load_autoencoder(args.vae, device) if args.vae else None
+    dataset = open_dataset(args.data_path, args.image_size, autoencoder)
+    if dataset.kind == "digits" and args.vae not in (None, "none"):
+        raise ValueError(f"digits are trained on as pixels: leave --vae {args.vae} out")
+    default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
+    args.vae = autoencoder_name(args.vae or default)
+    if autoencoder is None and (dataset.kind == "images" or args.sample_every):
+        autoencoder = load_autoencoder(args.vae, device)
+    return dataset, autoencoder
+
+
 def build(
-    args: argparse.Namespace, processes: Processes
-) -> tuple[Digits | ImageFolderDataset, PyramidalPatchDiT, Transport, dict[str, Any]]:
-    """Dataset, model and transport that the arguments ask for, and the config that describes them."""
+    args: argparse.Namespace, processes: Processes, pretrained: bool
+) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
+    """Dataset, autoencoder, model and transport that the arguments ask for, and the config that describes them.
+
+    Args:
+        pretrained: start from --initialize_from where it is given; a continued run does not
+    """
     with user_input():
-        dataset = open_dataset(args.data_path, args.image_size)
-        channels, *input_size = dataset.image_shape
-        args.image_size, args.num_classes = input_size[0], args.num_classes or dataset.num_classes
+        dataset, autoencoder = open_data(args, processes.device)
+        encodes = dataset.kind == "images" and autoencoder is not None
+        channels, *input_size = autoencoder.latent_shape(dataset.image_shape) if encodes else dataset.image_shape
+        args.image_size, args.num_classes = dataset.image_size, args.num_classes or dataset.num_classes
         if args.num_classes < dataset.num_classes:
             raise ValueError(f"--num-classes {args.num_classes} is too few: {args.data_path} has {dataset.num_classes}")
         torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
         model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
         args.level_edges = list(level_edges_of(args, model.num_levels))
+        if args.initialize_from and pretrained:
+            initialize_levels(model, load_pretrained(args.initialize_from).model)
         transport_config = {
             "path_type": args.path_type,
             "prediction": args.prediction,
@@ -178,7 +211,7 @@ def build(
         "args": dict(vars(args)),
         "torch": str(torch.__version__),
     }
-    return dataset, model, transport, config
+    return dataset, autoencoder, model, transport, config
 
 
 def make_run_dir(args: argparse.Namespace) -> Path:
@@ -218,20 +251,25 @@ class LossModule(nn.Module):
 
 
 def draw_step(
-    step: int, shape: torch.Size, transport: Transport, args: argparse.Namespace, processes: Processes
+    step: int, positions: range, shape: Sequence[int], transport: Transport, args: argparse.Namespace
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's random numbers of a step: times (n,), noise of shape (n, ...), and which labels to drop (n,).
+    """This rank's random numbers of a step.
 
-    Times and drops are drawn for the whole batch and cut; noise belongs to the sample's position in the run.
+    Args:
+        positions: the rank's n samples, numbered over the whole run
+        shape:     of one sample
+
+    Returns:
+        times (n,), noise (n, *shape), and which labels to drop (n,). Times and drops are drawn for the whole batch and
+        cut; noise belongs to the sample's position.
     """
-    local = slice(processes.rank * shape[0], (processes.rank + 1) * shape[0])
+    first = step * args.global_batch_size
+    local = slice(positions.start - first, positions.stop - first)
     (time_generator,) = sample_generators(args.global_seed, [step], TIME)
     (dropout_generator,) = sample_generators(args.global_seed, [step], DROPOUT)
     t = transport.sample_times(args.global_batch_size, time_generator)[local]
     drop = torch.rand(args.global_batch_size, generator=dropout_generator)[local] < args.class_dropout_prob
-    first = step * args.global_batch_size
-    positions = range(first + local.start, first + local.stop)
-    x0 = transport.noise.sample(shape, sample_generators(args.global_seed, positions, NOISE))
+    x0 = transport.noise.sample((len(positions), *shape), sample_generators(args.global_seed, positions, NOISE))
     return t, x0, drop
 
 
@@ -246,7 +284,12 @@ def ema_decay_at(step: int, decay: float) -> float:
 
 @torch.no_grad()
 def preview(
-    ema: PyramidalPatchDiT, transport: Transport, args: argparse.Namespace, processes: Processes, batch_size: int
+    ema: PyramidalPatchDiT,
+    autoencoder: Autoencoder,
+    transport: Transport,
+    args: argparse.Namespace,
+    processes: Processes,
+    batch_size: int,
 ) -> torch.Tensor | None:
     """EMA samples, one row per class, made by all processes together; returned on the main one."""
     classes = PREVIEW_CLASSES if ema.num_classes == 1000 else range(min(10, ema.num_classes))
@@ -260,13 +303,14 @@ def preview(
             processes.device,
         )
         y = labels[indices].to(processes.device)
-        images.append(Sampler(transport).sample_ode(guided(ema, args), x0, num_steps=PREVIEW_STEPS, y=y).float().cpu())
-    shape = (0, ema.in_channels, *ema.input_size)
-    parts = gather_objects((mine, torch.cat(images) if images else torch.empty(shape)), processes)
+        x1 = Sampler(transport).sample_ode(guided(ema, args), x0, num_steps=PREVIEW_STEPS, y=y)
+        images += autoencoder.decode(x1).float().cpu()
+    parts = gather_objects((mine, images), processes)
     if not parts:
         return None
-    order = torch.cat([indices for indices, _ in parts]).argsort()
-    return torch.cat([part for _, part in parts])[order]
+    order = torch.cat([indices for indices, _ in parts]).argsort().tolist()
+    images = [image for _, part in parts for image in part]
+    return torch.stack([images[index] for index in order])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +322,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = settings(argv)
     processes = start_processes()
     args.precision = args.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
-    dataset, model, transport, config = build(args, processes)
+    dataset, autoencoder, model, transport, config = build(args, processes, pretrained=checkpoint is None)
     run_dir = Path(broadcast_object(str(make_run_dir(args)) if processes.is_main else None))
     device = processes.device
 
@@ -333,7 +377,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         """Grid of EMA samples of a step."""
         path = run_dir / "samples" / f"{step:07d}.png"
         with use_precision(args.precision, device):
-            images = preview(ema, transport, args, processes, batch_size=max(micro_batch, 16))
+            images = preview(ema, autoencoder, transport, args, processes, batch_size=max(micro_batch, 16))
         if log and images is not None:
             save_grid(images, path, columns=PREVIEW_COLUMNS)
             log.picture("samples", path, step)
@@ -343,11 +387,13 @@ def train(argv: Sequence[str] | None = None) -> None:
                     mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
     sums = torch.zeros(2, model.num_levels, device=device)  # loss and number of samples, by level
     grad_norms, timed_steps, seconds, mark = 0.0, 0, 0.0, time.perf_counter()
-    for step, (images, labels) in enumerate(loader, start=start_step):
+    for step, (images, labels) in enumerate(readable(loader), start=start_step):
         # The equations in one place: x_t = alpha_t x_1 + sigma_t x_0, the network predicts at (x_t, t, y)
-        t, x0, drop = draw_step(step, images.shape, transport, args, processes)
+        first = step * args.global_batch_size + processes.rank * steps.local
+        positions = range(first, first + steps.local)
+        t, x0, drop = draw_step(step, positions, (model.in_channels, *model.input_size), transport, args)
         labels = labels.masked_fill(drop, model.num_classes)
-        x1, x0, y = (tensor.to(device, non_blocking=True) for tensor in (images, x0, labels))
+        images, x0, y = (tensor.to(device, non_blocking=True) for tensor in (images, x0, labels))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         for start in range(0, steps.local, micro_batch):
@@ -355,7 +401,10 @@ def train(argv: Sequence[str] | None = None) -> None:
             last = start + micro_batch == steps.local
             parallel.require_backward_grad_sync = last  # gradients are averaged once per step
             with use_precision(args.precision, device):
-                terms = parallel(x1[part], y[part], t[part], x0[part])
+                x1 = images[part]
+                if dataset.kind == "images":
+                    x1 = autoencoder.encode(x1, posterior_generators(args.global_seed, positions[part]))
+                terms = parallel(x1, y[part], t[part], x0[part])
             (terms["loss"].mean() / args.gradient_accumulation_steps).backward()
             sums[0].index_add_(0, terms["level"], terms["loss"].detach().float())
             sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"], dtype=torch.float32))
@@ -390,11 +439,11 @@ def train(argv: Sequence[str] | None = None) -> None:
                 progress.set_postfix(loss=f"{values['loss']:.4f}")
             sums.zero_()
             grad_norms, timed_steps, mark = 0.0, 0, time.perf_counter()
-        if done % args.sample_every == 0 or done % args.ckpt_every == 0 or finished:
+        if (args.sample_every and done % args.sample_every == 0) or done % args.ckpt_every == 0 or finished:
             before = time.perf_counter()
             if done % args.ckpt_every == 0 or finished:
                 save(done)
-            if done % args.sample_every == 0 or finished:
+            if args.sample_every and (done % args.sample_every == 0 or finished):
                 show(done)
             mark += time.perf_counter() - before  # not the steps' time
     progress.close()
@@ -402,6 +451,14 @@ def train(argv: Sequence[str] | None = None) -> None:
         log.plot()
         log.text(f"done: {total_steps} steps, see {run_dir}")
         log.close()
+
+
+def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+    """The loader's batches; an image that cannot be read ends the run with its name."""
+    try:
+        yield from loader
+    except OSError as error:  # from a worker the text is a traceback, which ends with the error itself
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from error
 
 
 def step_metrics(step: int, sums: torch.Tensor, grad_norm: float, lr: float) -> dict[str, Any]:

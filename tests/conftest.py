@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Two threads that spin while waiting for each other stall for seconds on a busy machine. Set before torch is loaded.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
+# And nothing is fetched: a test that tried would take minutes to learn that it may not.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 os.environ.update(ENVIRONMENT)
 
 import train  # noqa: E402

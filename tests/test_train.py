@@ -14,7 +14,7 @@ from PIL import Image
 
 from models import create_model
 from train import draw_step, train
-from train_utils import Processes, UserError, complete_file, update_ema
+from train_utils import UserError, complete_file, update_ema
 from transport import create_transport
 
 
@@ -163,8 +163,8 @@ def test_random_numbers_of_a_step_do_not_depend_on_the_processes() -> None:
     transport = create_transport(level_edges=(0.5,))
 
     def draw(rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
-        shape = torch.Size((32 // world_size, 1, 8, 8))
-        return draw_step(7, shape, transport, args, Processes(rank, world_size, torch.device("cpu")))
+        n, first = 32 // world_size, 7 * 32
+        return draw_step(7, range(first + rank * n, first + (rank + 1) * n), (1, 8, 8), transport, args)
 
     for whole, *parts in zip(draw(0, 1), *(draw(rank, 4) for rank in range(4)), strict=True):
         assert torch.equal(whole, torch.cat(parts))
@@ -174,8 +174,9 @@ def test_labels_are_dropped_with_the_given_probability() -> None:
     from train import build_parser
 
     args = build_parser().parse_args([*TINY, "--class-dropout-prob", "0.3", "--global-batch-size", "1000"])
-    alone = Processes(0, 1, torch.device("cpu"))
-    drops = [draw_step(step, torch.Size((1000, 1)), create_transport(), args, alone)[2] for step in range(10)]
+    drops = [
+        draw_step(step, range(1000 * step, 1000 * (step + 1)), (1,), create_transport(), args)[2] for step in range(10)
+    ]
     rate = torch.cat(drops).float().mean().item()
     assert abs(rate - 0.3) < 4 * (0.3 * 0.7 / 10_000) ** 0.5
 
@@ -281,8 +282,8 @@ def test_bad_flags_end_before_training(flags: list[str], words: str, tmp_path: P
 
 def test_empty_folder_and_indivisible_size_are_named(picture_folder: Path, tmp_path: Path, refuses) -> None:
     (tmp_path / "empty").mkdir()
-    assert "sub-folder per class" in refuses(train, *TINY, "--data-path", tmp_path / "empty")
-    line = refuses(train, *TINY, "--data-path", picture_folder, "--image-size", 18)
+    assert "sub-folder per class" in refuses(train, *TINY, "--data-path", tmp_path / "empty", "--vae", "none")
+    line = refuses(train, *TINY, "--data-path", picture_folder, "--image-size", 18, "--vae", "none")
     assert "the 4x4 patch of level 0 does not divide the 18x18 input" in line
 
 
@@ -292,7 +293,7 @@ def test_truncated_checkpoint_is_named(tiny_run: Path, tmp_path: Path, refuses) 
     broken.write_bytes(whole[: len(whole) // 2])
     assert f"cannot read checkpoint {broken}" in refuses(train, *TINY, "--ckpt", broken)
     torch.save({"weights": torch.zeros(3)}, broken)
-    assert "is not a checkpoint of train.py" in refuses(train, *TINY, "--ckpt", broken)
+    assert "is not a checkpoint of this train.py" in refuses(train, *TINY, "--ckpt", broken)
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:

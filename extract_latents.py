@@ -1,0 +1,277 @@
+"""Encode images once, to train on their latents ever after.
+
+    torchrun --nnodes=1 --nproc_per_node=N extract_latents.py --data-path /path/to/imagenet/train --out latents/imagenet
+    torchrun --nnodes=1 --nproc_per_node=N train.py --data-path latents/imagenet
+
+Writes shards that train.py and LightningDiT read (latents.py says what is in them). Shard k holds the images from
+k * shard size on, in the dataset's order, whichever process made it. The same command continues an interrupted run:
+a shard is complete or absent, and those that are there are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from autoencoder import LatentSpace, load_autoencoder
+from data import ImageDataset, UnreadableImage, open_dataset
+from latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
+from train_utils import (
+    PRECISIONS,
+    ArgumentParser,
+    UserError,
+    broadcast_object,
+    complete_file,
+    natural_int,
+    positive_int,
+    run_script,
+    start_processes,
+    use_precision,
+    user_input,
+)
+
+SETTINGS = "settings.json"
+DEFAULT_SHARD_SIZE = 10_000
+SMALL_DATASET_SHARDS = 16  # at least so many, so that as many processes have work
+
+
+def build_parser() -> ArgumentParser:
+    """The flags of extract_latents.py."""
+    parser = ArgumentParser(prog="extract_latents.py", description="Encode images to shards of latents.")
+    parser.add_argument("--data-path", required=True, help="a folder of class folders, or a zip archive of images")
+    parser.add_argument("--out", "--features-path", required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--vae", default="ema", help="autoencoder: ema, mse, a hub id or a local folder")
+    parser.add_argument("--image-size", type=positive_int, help="(default: 256 for folders, archives their own)")
+    parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default: tf32 on CUDA, else fp32)")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images encoded at once, per process")
+    parser.add_argument("--shard-size", type=positive_int,
+                        help="images per shard (default: 10000, or a 16th of a small dataset)")  # fmt: skip
+    parser.add_argument("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
+                        help="image reading processes per rank")  # fmt: skip
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave images out that cannot be read")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is there, what is to do
+
+
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue what was begun with other settings (ValueError)."""
+    file = out / SETTINGS
+    if not file.exists():
+        if shard_files(out):
+            raise ValueError(f"{out} holds shards but no {SETTINGS}: give another --out")
+        return
+    try:
+        begun = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cannot read {file}: give another --out") from error
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            flag = {"images": "the number of images", "classes": "the number of classes"}.get(
+                name, "--" + name.replace("_", "-")
+            )
+            raise ValueError(f"{flag} was {begun.get(name)} when {out} was begun and is {value} now: "
+                             f"continue with the same settings, or give another --out")  # fmt: skip
+
+
+def is_complete(file: Path, metadata: dict[str, str]) -> bool:
+    """Whether a shard is there, of this set; a damaged one is made anew."""
+    try:
+        return settings_of(Shard.read(file)) == metadata
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images
+
+
+class ReadableImages(Dataset):
+    """(image, label) of a dataset; for an image that cannot be read, the message that says so."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+        try:
+            return self.images.load(index)
+        except UnreadableImage as error:
+            return str(error)
+
+
+def collate(items: list[tuple[torch.Tensor, int] | str]) -> tuple[torch.Tensor | None, torch.Tensor, list[str]]:
+    """Images (n, 3, H, W), labels (n,), and messages; no images at all are None."""
+    messages = [item for item in items if isinstance(item, str)]
+    readable = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in readable]) if readable else None
+    return images, torch.tensor([label for _, label in readable], dtype=torch.int64), messages
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def make_shard(
+    file: Path,
+    size: int,
+    batches: Iterator[Any],
+    autoencoder: LatentSpace,
+    image_size: int,
+    metadata: dict[str, str],
+    args: argparse.Namespace,
+    device: torch.device,
+    progress: tqdm,
+) -> None:
+    """Encode the next batches of images, `size` in all, and write them as a shard.
+
+    Raises:
+        UserError: at the first image that cannot be read, unless --skip-unreadable; if latents are not finite in
+            --dtype; if the shard cannot be written.
+    """
+    dtype, shape = STORAGE[args.dtype], autoencoder.latent_shape((3, image_size, image_size))
+    names = ["latents", "latents_flip"] + ([] if autoencoder.deterministic else ["latents_std", "latents_flip_std"])
+    tensors = {name: torch.empty(size, *shape, dtype=dtype) for name in names}
+    tensors["labels"] = torch.empty(size, dtype=torch.int64)
+    skipped: list[str] = []
+    seen = rows = 0
+    while seen < size:
+        images, labels, unreadable = next(batches)
+        if unreadable and not args.skip_unreadable:
+            raise UserError(f"{unreadable[0]}; --skip-unreadable leaves such images out")
+        skipped += unreadable
+        if images is not None:
+            part = slice(rows, rows + len(images))
+            images = images.to(device, non_blocking=True)
+            for name, pixels in (("latents", images), ("latents_flip", images.flip(-1))):
+                with use_precision(args.precision, device):
+                    mean, deviation = autoencoder.raw_moments(pixels)
+                tensors[name][part] = mean.to(dtype).cpu()
+                if deviation is not None:
+                    tensors[f"{name}_std"][part] = deviation.to(dtype).cpu()
+            tensors["labels"][part] = labels
+        rows += len(labels)
+        seen += len(labels) + len(unreadable)
+        progress.update(len(labels) + len(unreadable))
+    tensors = {name: tensor[:rows] for name, tensor in tensors.items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"the latents of {autoencoder.name} are not finite in {args.dtype}: give --dtype fp32")
+    with user_input():
+        write_shard(file, tensors, {**metadata, "skipped": json.dumps(skipped)})
+
+
+def wait_for_all() -> None:
+    """Until every process is here; a shard may take a slow one hours, and the usual patience is minutes."""
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+
+
+def summary(out: Path, seconds: float) -> str:
+    """What the finished set holds, and what was left out of it."""
+    shards = [Shard.read(file) for file in shard_files(out)]
+    skipped = [message for shard in shards for message in json.loads(shard.metadata["skipped"])]
+    channels, height, width = shards[0].shape
+    lines = [f"{out}: {sum(shard.rows for shard in shards):,} images in {len(shards)} shards, "
+             f"latents {channels}x{height}x{width}, {seconds:.0f} s"]  # fmt: skip
+    if skipped:
+        lines += [f"skipped {len(skipped)} that cannot be read:", *(f"  {message}" for message in skipped)]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDataset, LatentSpace]:
+    """The images and the autoencoder; what the flags leave open is filled in.
+
+    Raises:
+        OSError, ValueError: if either cannot be had, or they do not fit together.
+    """
+    dataset = open_dataset(args.data_path, args.image_size)
+    if dataset.kind != "images":
+        raise ValueError(f"--data-path {args.data_path} holds {dataset.kind}: give a folder or zip archive of images")
+    autoencoder = load_autoencoder(args.vae, device)
+    if not isinstance(autoencoder, LatentSpace):
+        raise ValueError("--vae none encodes nothing: train.py --vae none reads the images themselves")
+    autoencoder.latent_shape(dataset.image_shape)
+    args.precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
+    args.shard_size = args.shard_size or min(DEFAULT_SHARD_SIZE, math.ceil(len(dataset) / SMALL_DATASET_SHARDS))
+    return dataset, autoencoder
+
+
+def extract(argv: Sequence[str] | None = None) -> None:
+    """Run extract_latents.py with these command-line arguments."""
+    start = time.perf_counter()
+    args = build_parser().parse_args(argv)
+    out = Path(args.out)
+    processes = start_processes()
+    device = processes.device
+    with user_input():
+        dataset, autoencoder = prepare(args, device)
+        settings = {
+            "data_path": str(Path(args.data_path).resolve()),
+            "vae": autoencoder.name,
+            "image_size": dataset.image_size,
+            "dtype": args.dtype,
+            "precision": args.precision,
+            "shard_size": args.shard_size,
+            "images": len(dataset),
+            "classes": dataset.num_classes,
+        }
+        check_settings(out, settings)
+
+    ranges = [range(first, min(first + args.shard_size, len(dataset)))
+              for first in range(0, len(dataset), args.shard_size)]  # fmt: skip
+    metadata = shard_metadata(autoencoder, dataset.image_size, dataset.num_classes, len(ranges))
+    missing = None
+    if processes.is_main:
+        with user_input(), complete_file(out / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        for torn in (*out.glob(".latents_*"), *out.glob(".tmp*")):  # ours and safetensors', of a killed process
+            torn.unlink()
+        missing = [k for k in range(len(ranges)) if not is_complete(out / shard_name(k), metadata)]
+        if len(missing) < len(ranges):
+            print(f"{len(ranges) - len(missing)} of {len(ranges)} shards are there already")
+    mine = broadcast_object(missing)[processes.rank :: processes.world_size]
+
+    batches = [ranges[k][first : first + args.batch_size]
+               for k in mine for first in range(0, len(ranges[k]), args.batch_size)]  # fmt: skip
+    loader = iter(DataLoader(
+        ReadableImages(dataset), batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+    ))  # fmt: skip
+    progress = tqdm(total=sum(len(ranges[k]) for k in mine), unit="image", smoothing=0.02,
+                    desc=f"process 1 of {processes.world_size}", disable=not (processes.is_main and mine),
+                    mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
+    try:
+        for k in mine:
+            make_shard(out / shard_name(k), len(ranges[k]), loader, autoencoder, dataset.image_size, metadata,
+                       args, device, progress)  # fmt: skip
+    except UserError as error:  # this process's own, which the first one cannot report
+        if not processes.is_main:
+            print(f"extract_latents.py: error: {error}", file=sys.stderr)
+        raise
+    progress.close()
+    wait_for_all()
+    if processes.is_main:
+        print(summary(out, time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    run_script(extract)

@@ -1,0 +1,378 @@
+"""Layouts of the same weights in files: this program's, SiT's and PPFlow's; and from coarse patches to fine ones.
+
+    what                  ours                         SiT and PPFlow
+    patch embedding       x_embedder.L, a linear       x_embedder.proj{1,2,}, a convolution after space-to-depth
+    head                  final_layer.linear.L         final_layer.linear{1,2,}, its channels in space-to-depth order
+    positions             computed                     pos_embed in SiT, pos_embed.L in PPFlow
+    everything else       under the same name          (PPFlow alone has level_embedder)
+
+PPFlow's patches are (a, b) convolution kernels on an image of which (fy, fx) neighbouring pixels became channels, so
+its levels have (a fy, b fx) patches. Channel c of the image became the channels (c, dy, dx), c slowest. The finest
+level comes last and has no number. Letters: D hidden size, C input channels, E output channels (2C with learn_sigma).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from models import MODELS, SIZES, PyramidalPatchDiT
+
+Weights = dict[str, torch.Tensor]
+
+LAYOUTS = ("ours", "ppflow", "sit")
+
+# By number of levels: what ends the names of a level's tensors, and its space-to-depth factors (fy, fx).
+SUFFIXES = {1: ("",), 2: ("1", ""), 3: ("1", "2", "")}
+FACTORS = {1: ((1, 1),), 2: ((2, 2), (1, 1)), 3: ((2, 2), (1, 2), (1, 1))}
+
+# The file's positions are the computed ones up to rounding. PPFlow averages them with the weights, which moves them by
+# up to 2e-4; half precision by 4e-3. Another convention would differ by about 1.
+POSITION_TOLERANCE = 1e-2
+
+
+def layout_of(weights: Mapping[str, Any], source: str) -> str:
+    """Which layout the names belong to.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    names = list(weights)
+    if any(name.startswith("x_embedder.") and name.split(".")[1].isdigit() for name in names):
+        return "ours"
+    if any(name.startswith(("level_embedder.", "x_embedder.proj1.", "final_layer.linear1.")) for name in names):
+        return "ppflow"
+    if any(name.startswith(("x_embedder.proj.", "final_layer.linear.")) for name in names):
+        return "sit"
+    first = ", ".join(names[:3]) if names else "nothing"
+    raise ValueError(f"{source} has no known layout (ours, PPFlow's or SiT's): it begins with {first}")
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], source: str) -> None:
+    """Compare names and shapes; the first difference is an error that names the tensor (ValueError)."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in found:
+            raise ValueError(f"{source} is incomplete or of another model: {name} is missing")
+        if name not in wanted:
+            raise ValueError(f"{source} is of another model: it has {name}, which is unknown")
+        if found[name].shape != wanted[name].shape:
+            shapes = f"{tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            raise ValueError(f"{source} is damaged or of another model: {name} is {shapes}")
+
+
+def _position_names(num_levels: int) -> list[str]:
+    """Under which names SiT and PPFlow store a model's positions."""
+    return ["pos_embed"] if num_levels == 1 else [f"pos_embed.{level}" for level in range(num_levels)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the shapes tell
+
+
+def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overrides: Any) -> dict[str, Any]:
+    """The arguments of PyramidalPatchDiT that weights in SiT's or PPFlow's layout were made with.
+
+    What several tensors tell is decided by most of them, so that a wrong one among them is found and named later.
+    The number of heads is in no shape: it is that of the registry's size of this width, else hidden_size / 64. The
+    input is taken to be square.
+
+    Args:
+        weights:   tensors by name; only their shapes matter
+        source:    the file's name, for messages
+        overrides: arguments that are known, and win
+
+    Raises:
+        ValueError: if the shapes do not tell, or contradict each other.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+    def sizes(names: str, axis: int = 0) -> list[int]:
+        """The lengths of an axis, of all tensors whose name matches."""
+        return [shape[axis] for name, shape in shapes.items() if re.fullmatch(names, name) and axis < len(shape)]
+
+    def most(values: Iterable[Any], what: str) -> Any:
+        """The value that most tensors agree on."""
+        counts = Counter(values).most_common(1)
+        if not counts:
+            raise ValueError(f"{source} is incomplete: no tensor tells {what}")
+        return counts[0][0]
+
+    levels = 1
+    if layout_of(weights, source) == "ppflow":
+        parts = [
+            rf"{part}[12]?\.{end}" for part in ("x_embedder.proj", "final_layer.linear") for end in ("weight", "bias")
+        ]
+        counts = [len(sizes(part)) for part in parts] + sizes(r"level_embedder\.embedding_table\.weight")
+        levels = most(counts, "the levels")
+        if levels not in (2, 3):
+            raise ValueError(f"{source} is damaged: PPFlow has 2 or 3 levels, not {levels}")
+    kernels, heads, tokens = [], [], []  # (channels, a, b); output channels; tokens of the finest level
+    for suffix, factor, positions in zip(SUFFIXES[levels], FACTORS[levels], _position_names(levels), strict=True):
+        kernel = shapes.get(f"x_embedder.proj{suffix}.weight", ())
+        kernels += [(kernel[1] // math.prod(factor), *kernel[2:])] if len(kernel) == 4 else []
+        heads += [rows // math.prod(factor) for rows in sizes(rf"final_layer\.linear{suffix}\.(weight|bias)")]
+        tokens += [count * math.prod(factor) for count in sizes(re.escape(positions), axis=1)]
+    channels, a, b = most(kernels, "the patch size (x_embedder.proj.weight)")
+    hidden = most(sizes(r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\.bias|t_embedder\.mlp\.\d\.bias"), "the width")
+    inner = sizes(r"blocks\.\d+\.mlp\.fc1\.(weight|bias)") + sizes(r"blocks\.\d+\.mlp\.fc2\.weight", axis=1)
+    fields = {
+        "patch_sizes": [[a * fy, b * fx] for fy, fx in FACTORS[levels]],
+        "in_channels": channels,
+        "hidden_size": hidden,
+        "depth": 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)),
+        "mlp_ratio": most(inner, "the width of the MLP") / hidden,
+        "num_classes": most(
+            sizes(r"y_embedder\.embedding_table\.weight"), "the number of classes (y_embedder.embedding_table.weight)"
+        )
+        - 1,
+    }
+    outs = [rows // (a * b) for rows in heads]
+    out_channels = most([out for out in outs if out in (channels, 2 * channels)] or outs, "the output channels")
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(f"{source} is damaged: x_embedder.proj.weight is for {channels} channels, "
+                         f"final_layer.linear.weight for {out_channels}")  # fmt: skip
+    fields["learn_sigma"] = out_channels == 2 * channels
+    if "num_heads" not in overrides:
+        known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+        if hidden not in known and hidden % 64:
+            raise ValueError(f"{source} is {hidden} wide, which does not tell the number of heads: give num_heads")
+        fields["num_heads"] = known.get(hidden, hidden // 64)
+    if "input_size" not in overrides:
+        squares = [count for count in tokens if math.isqrt(count) ** 2 == count]
+        count = most(squares or tokens, "the input size (pos_embed), give input_size")
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(f"{source}: {_position_names(levels)[-1]} has {count} tokens, which make no square: "
+                             "give input_size=(H, W)")  # fmt: skip
+        fields["input_size"] = [side * a, side * b]
+    return {**fields, **overrides}
+
+
+def registry_name(model: PyramidalPatchDiT) -> str | None:
+    """The name in MODELS whose sizes the model has, whatever its input, channels and classes."""
+    for name, fields in MODELS.items():
+        if model.mlp_ratio == 4 and all(getattr(model, field) == value for field, value in fields.items()):
+            return name
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# There and back
+
+
+def _kernel_to_linear(kernel: torch.Tensor, factor: tuple[int, int]) -> torch.Tensor:
+    """(D, C*fy*fx, a, b) with channels (c, dy, dx) -> (D, p*q*C) with features (p, q, channel); p = a fy, q = b fx."""
+    (d, channels, a, b), (fy, fx) = kernel.shape, factor
+    split = kernel.reshape(d, channels // (fy * fx), fy, fx, a, b)
+    return split.permute(0, 4, 2, 5, 3, 1).reshape(d, -1)
+
+
+def _linear_to_kernel(weight: torch.Tensor, patch: tuple[int, int], factor: tuple[int, int]) -> torch.Tensor:
+    """Invert `_kernel_to_linear`."""
+    (p, q), (fy, fx) = patch, factor
+    a, b = p // fy, q // fx
+    split = weight.reshape(len(weight), a, fy, b, fx, -1)
+    return split.permute(0, 5, 2, 4, 1, 3).reshape(len(weight), -1, a, b)
+
+
+def _head_from_channels(head: torch.Tensor, patch: tuple[int, int], factor: tuple[int, int]) -> torch.Tensor:
+    """Rows (a, b, channel), channels (e, dy, dx) -> rows (p, q, channel). A weight (p*q*E, D), or a bias (p*q*E,)."""
+    (p, q), (fy, fx) = patch, factor
+    a, b = p // fy, q // fx
+    split = head.reshape(a, b, len(head) // (p * q), fy, fx, -1)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(head.shape)
+
+
+def _head_to_channels(head: torch.Tensor, patch: tuple[int, int], factor: tuple[int, int]) -> torch.Tensor:
+    """Invert `_head_from_channels`."""
+    (p, q), (fy, fx) = patch, factor
+    split = head.reshape(p // fy, fy, q // fx, fx, len(head) // (p * q), -1)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(head.shape)
+
+
+def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
+    """The model's weights under the names and in the shapes of another repository, pos_embed (1, T, D) included.
+
+    Args:
+        model:  any device and dtype, meta too
+        layout: "sit" for a single level, "ppflow" for (2a, 2b), (a, b) or (2a, 2b), (a, 2b), (a, b) patches
+
+    Raises:
+        ValueError: if that repository has no such model.
+    """
+    patches = model.patch_sizes
+    a, b = patches[-1]
+    fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
+    if layout not in fits:
+        raise ValueError(f"unknown layout {layout!r}: choose sit or ppflow")
+    if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
+        sizes = ", ".join(f"{p}x{q}" for p, q in patches)
+        raise ValueError(f"the {layout} layout has no model with {sizes} patches")
+    weights = {name: tensor for name, tensor in model.state_dict().items()
+               if not name.startswith(("x_embedder.", "final_layer.linear."))}  # fmt: skip
+    names = zip(SUFFIXES[len(patches)], FACTORS[len(patches)], patches, _position_names(len(patches)), strict=True)
+    for level, (suffix, factor, patch, positions) in enumerate(names):
+        embedding, head = model.x_embedder[level], model.final_layer.linear[level]
+        weights[f"x_embedder.proj{suffix}.weight"] = _linear_to_kernel(embedding.weight.detach(), patch, factor)
+        weights[f"x_embedder.proj{suffix}.bias"] = embedding.bias.detach()
+        for kind, tensor in head.named_parameters():
+            weights[f"final_layer.linear{suffix}.{kind}"] = _head_to_channels(tensor.detach(), patch, factor)
+        weights[positions] = getattr(model, f"pos_embed_{level}").unsqueeze(0)
+    return weights
+
+
+def import_state_dict(
+    model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
+) -> None:
+    """Load weights of SiT's or PPFlow's layout, positions included, into a model of their shape.
+
+    Args:
+        other_size: the model's input size is not read from the file, which may have other positions or none
+
+    Raises:
+        ValueError: naming the tensor that is missing, unknown, of another shape, or no sine-cosine table.
+    """
+    names = _position_names(model.num_levels)
+    with torch.device("meta"):
+        wanted = export_state_dict(PyramidalPatchDiT(**model.config), "sit" if model.num_levels == 1 else "ppflow")
+    ignored = set(names) if other_size else set()
+    check_tensors({name: tensor for name, tensor in weights.items() if name not in ignored},
+                  {name: tensor for name, tensor in wanted.items() if name not in ignored}, source)  # fmt: skip
+    ours = {name: tensor for name, tensor in weights.items()
+            if name not in names and not name.startswith(("x_embedder.", "final_layer.linear"))}  # fmt: skip
+    parts = zip(SUFFIXES[model.num_levels], FACTORS[model.num_levels], model.patch_sizes, strict=True)
+    for level, (suffix, factor, patch) in enumerate(parts):
+        embedding, head = f"x_embedder.proj{suffix}", f"final_layer.linear{suffix}"
+        ours[f"x_embedder.{level}.weight"] = _kernel_to_linear(weights[f"{embedding}.weight"], factor)
+        ours[f"x_embedder.{level}.bias"] = weights[f"{embedding}.bias"]
+        for kind in ("weight", "bias"):
+            ours[f"final_layer.linear.{level}.{kind}"] = _head_from_channels(weights[f"{head}.{kind}"], patch, factor)
+    model.load_state_dict(ours)
+    for level, name in enumerate(names):
+        if name in weights:
+            _set_positions(model, level, weights[name].squeeze(0), f"{source}: {name}", other_size)
+
+
+def _set_positions(model: PyramidalPatchDiT, level: int, table: torch.Tensor, what: str, other_size: bool) -> None:
+    """Take over a file's positions (T, D) if they are the computed ones up to rounding: see POSITION_TOLERANCE."""
+    buffer = getattr(model, f"pos_embed_{level}")
+    if table.shape == buffer.shape and (table.to(buffer) - buffer).abs().max() <= POSITION_TOLERANCE:
+        buffer.copy_(table)
+    elif not other_size:
+        raise ValueError(f"{what} is not the sine-cosine table of {len(buffer)} tokens: give the right input_size")
+
+
+def own_state_dict(model: PyramidalPatchDiT) -> Weights:
+    """The state dict, and pos_embed_L where a level's positions are a file's and not exactly the computed ones."""
+    weights = model.state_dict()
+    for level in range(model.num_levels):
+        buffer = getattr(model, f"pos_embed_{level}")
+        if not torch.equal(buffer, model.position_embedding(level).to(buffer)):
+            weights[f"pos_embed_{level}"] = buffer
+    return weights
+
+
+def load_own_state_dict(
+    model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
+) -> None:
+    """Load what `own_state_dict` gives; arguments and errors as in `import_state_dict`."""
+    names = {f"pos_embed_{level}": level for level in range(model.num_levels)}
+    parameters = {name: tensor for name, tensor in weights.items() if name not in names}
+    check_tensors(parameters, model.state_dict(), source)
+    model.load_state_dict(parameters)
+    for name, level in names.items():
+        if name in weights:
+            _set_positions(model, level, weights[name], f"{source}: {name}", other_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From one set of levels to another
+
+
+@torch.no_grad()
+def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> None:
+    """Start a model from another that may have other levels (PPFlow, arXiv:2506.23543, training from a normal DiT).
+
+    Blocks, class table and time embedding are copied. A level whose patch the source has copies that level; another
+    is derived from the source's finest patch (a, b) that divides it. With a patch of (a fy, b fx), each fine pixel
+    stands for fy x fx: the embedding's weights are repeated over them and divided by fy fx, so it embeds the mean of
+    the pixels; the head's rows are repeated, so each of them is given the fine pixel's output. New level embeddings
+    are zero: the finest level starts as exactly what a SiT computes. To a model without levels, the finest level's
+    embedding goes into the class table. Only the input sizes may differ.
+
+    Args:
+        model:  changed in place, on any device
+        source: left as it is
+
+    Raises:
+        ValueError: if another argument than patch_sizes, input_size or learn_sigma differs, or no patch divides.
+    """
+    here, there = (
+        {
+            "in_channels": net.in_channels,
+            "hidden_size": net.hidden_size,
+            "depth": net.depth,
+            "num_heads": net.num_heads,
+            "num_classes": net.num_classes,
+            "width of the MLP": net.blocks[0].mlp.fc1.out_features,
+        }
+        for net in (model, source)
+    )
+    for field in here:
+        if here[field] != there[field]:
+            raise ValueError(f"cannot start from weights of another model: {field} is {there[field]} there, "
+                             f"{here[field]} here")  # fmt: skip
+    found = source.state_dict()
+    weights = {name: tensor for name, tensor in found.items()
+               if not name.startswith(("x_embedder.", "final_layer.linear.", "level_embedder."))}  # fmt: skip
+    classes, old_levels = (f"{table}.embedding_table.weight" for table in ("y_embedder", "level_embedder"))
+    new_levels = torch.zeros(model.num_levels, model.hidden_size, device=found[classes].device)
+    for level, patch in enumerate(model.patch_sizes):
+        origin = _origin(patch, source.patch_sizes)
+        (a, b), (p, q) = source.patch_sizes[origin], patch
+        for end in ("weight", "bias"):
+            head = _repeat(found[f"final_layer.linear.{origin}.{end}"], (a, b), (p, q))
+            weights[f"final_layer.linear.{level}.{end}"] = _out_channels(head, model, source)
+            weights[f"x_embedder.{level}.{end}"] = found[f"x_embedder.{origin}.{end}"]
+        kernel = weights[f"x_embedder.{level}.weight"]
+        weights[f"x_embedder.{level}.weight"] = _repeat(kernel.T, (a, b), (p, q)).T / (p * q // (a * b))
+        if old_levels in found and (p, q) == (a, b):
+            new_levels[level] = found[old_levels][origin]
+    if model.num_levels > 1:
+        weights[old_levels] = new_levels
+    else:
+        weights[classes] = weights[classes] + new_levels
+    model.load_state_dict(weights)
+
+
+def _origin(patch: tuple[int, int], patch_sizes: tuple[tuple[int, int], ...]) -> int:
+    """The source's level that a patch starts from: the same patch, or the finest that divides it."""
+    if patch in patch_sizes:
+        return patch_sizes.index(patch)
+    for level, (a, b) in reversed(list(enumerate(patch_sizes))):
+        if patch[0] % a == 0 and patch[1] % b == 0:
+            return level
+    sizes = ", ".join(f"{a}x{b}" for a, b in patch_sizes)
+    raise ValueError(f"cannot start from these weights: none of their patches ({sizes}) divides {patch[0]}x{patch[1]}")
+
+
+def _repeat(rows: torch.Tensor, fine: tuple[int, int], coarse: tuple[int, int]) -> torch.Tensor:
+    """Repeat rows (a, b, channel) over sub-pixels: (a*b*E, ...) -> (p*q*E, ...) with rows (p, q, channel)."""
+    (a, b), (p, q) = fine, coarse
+    split = rows.reshape(a, b, len(rows) // (a * b), -1)
+    return split.repeat_interleave(p // a, 0).repeat_interleave(q // b, 1).reshape(-1, *rows.shape[1:])
+
+
+def _out_channels(head: torch.Tensor, model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> torch.Tensor:
+    """Rows (p, q, channel) of the source's head for the model's output: sigma's half dropped, or added as zeros."""
+    if model.learn_sigma == source.learn_sigma:
+        return head
+    c = source.in_channels
+    split = head.reshape(-1, c * (2 if source.learn_sigma else 1), *head.shape[1:])
+    split = split[:, :c] if source.learn_sigma else torch.cat([split, torch.zeros_like(split)], dim=1)
+    return split.reshape(-1, *head.shape[1:])

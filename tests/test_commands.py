@@ -1,0 +1,190 @@
+"""The commands in the READMEs of PPFlow and SiT, flags as their users write them, at a small size.
+
+Small means: another model name, a few pictures of 64x64, a small autoencoder in a local folder, few steps. Everything
+else is as written there; flags are parsed by the scripts themselves.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, start_script
+from download import PUBLISHED, Published, export_state_dict, load_pretrained
+from PIL import Image
+
+import sample
+import sample_ddp
+import train
+from models import create_model
+
+SMALL_TRAINING = ["--image-size", "64", "--global-batch-size", "4", "--max-steps", "2", "--num-workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An AutoencoderKL with the proportions of Stable Diffusion's and few channels: eight pixels to a latent."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stand-in for /path/to/imagenet/train."""
+    folder, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for wnid in ("n01440764", "n01622779"):
+        (folder / wnid).mkdir()
+        for number in range(3):
+            pixels = rng.integers(0, 255, (70 + number, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / wnid / f"{wnid}_{number}.JPEG")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Weights in the layouts of SiT and PPFlow, as bare state dicts."""
+    folder = tmp_path_factory.mktemp("weights")
+    files = {}
+    for name, layout in (("SiT-T/2", "sit"), ("PPF-T-2", "ppflow"), ("PPF-T-3", "ppflow")):
+        torch.manual_seed(1)
+        model = create_model(name, input_size=8, num_classes=1000)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        files[name] = str(folder / f"{name.replace('/', '-')}.pt")
+        torch.save(export_state_dict(model, layout), files[name])
+    return files
+
+
+@pytest.fixture(scope="module")
+def latent_run(imagenet: str, vae: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train.py --model PPF_XL_2 --data-path /path/to/imagenet/train`, small."""
+    run_dir = tmp_path_factory.mktemp("runs") / "latents"
+    train.train(
+        ["--model", "PPF_T_2", "--data-path", imagenet, "--vae", vae, "--run-dir", str(run_dir), *SMALL_TRAINING]
+    )
+    return run_dir
+
+
+# -- PPFlow's README ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PPF-T-2", "PPF-T-3"])
+def test_sample_with_published_weights(name: str, published: dict[str, str], vae: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    sample.main(["ODE", "--image-size", "64", "--seed", "1", "--ckpt", published[name], "--vae", vae, "--out", str(out),
+                 "--num-sampling-steps", "4"])  # fmt: skip
+    assert Image.open(out).size == (3 * 66 + 2, 3 * 66 + 2)  # DiT's eight classes
+
+
+def test_sample_by_model_name_and_own_checkpoint(latent_run: Path, tmp_path: Path) -> None:
+    ckpt = latent_run / "checkpoints" / "0000002.pt"
+    out = tmp_path / "a.png"
+    sample.main(["ODE", "--model", "PPFlow_T_2", "--image-size", "64", "--ckpt", str(ckpt), "--num-sampling-steps", "2",
+                 "--out", str(out)])  # fmt: skip
+    assert Image.open(out).mode == "RGB"
+
+
+def test_train_on_several_processes_with_wandb(imagenet: str, vae: str, tmp_path: Path) -> None:
+    done = start_script("train.py", "--model", "PPF_T_2", "--data-path", imagenet, "--wandb", "--vae", vae,
+                        "--run-dir", tmp_path / "run", *SMALL_TRAINING, processes=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert (tmp_path / "run" / "samples" / "0000002.png").exists()
+
+
+def test_train_from_a_pretrained_sit(imagenet: str, vae: str, published: dict[str, str], tmp_path: Path) -> None:
+    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--initialize_from", published["SiT-T/2"], "--vae", vae,
+                 "--num-classes", "1000", "--lr", "1e-30", "--run-dir", str(tmp_path), *SMALL_TRAINING])  # fmt: skip
+    trained = load_pretrained(tmp_path).model  # the learning rate has left it where it started
+    sit = load_pretrained(published["SiT-T/2"]).model
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.6, 0.9]), torch.tensor([3, 1000])
+    torch.testing.assert_close(trained(x, t, y, level=1), sit(x, t, y))
+
+
+def test_resuming_does_not_read_the_initial_weights_again(
+    imagenet: str, vae: str, published: dict[str, str], tmp_path: Path
+) -> None:
+    first = shutil.copy(published["SiT-T/2"], tmp_path / "SiT-XL-2-256.pt")
+    command = ["--model", "PPF_T_2", "--data-path", imagenet, "--initialize_from", str(first), "--vae", vae,
+               "--num-classes", "1000", "--run-dir", str(tmp_path / "run"), *SMALL_TRAINING]  # fmt: skip
+    train.train(command)
+    Path(first).unlink()
+    train.train([*command, "--max-steps", "3"])
+    assert load_pretrained(tmp_path / "run").step == 3
+
+
+def test_resume_from_a_checkpoint(imagenet: str, latent_run: Path, tmp_path: Path) -> None:
+    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--ckpt", str(latent_run / "checkpoints" / "0000002.pt"),
+                 "--run-dir", str(tmp_path), "--max-steps", "3"])  # fmt: skip
+    assert (tmp_path / "checkpoints" / "0000003.pt").exists()
+
+
+def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path: Path) -> None:
+    done = start_script("sample_ddp.py", "ODE", "--model", "PPF_T_2", "--num-fid-samples", 6, "--ckpt", published["PPF-T-2"],
+                        "--vae", vae, "--num-sampling-steps", 2, "--sample-dir", tmp_path, processes=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.npz")
+    assert np.load(file)["arr_0"].shape == (6, 64, 64, 3)
+
+
+# -- SiT's README ------------------------------------------------------------------------------------------------
+
+
+def test_sit_sample(published: dict[str, str], vae: str, tmp_path: Path) -> None:
+    for flags in (["ODE", "--sampling-method", "dopri5", "--atol", "1e-3", "--rtol", "1e-2"],
+                  ["SDE", "--num-sampling-steps", "4"]):  # fmt: skip
+        out = tmp_path / f"{flags[0]}.png"
+        sample.main([*flags, "--model", "SiT-T/2", "--image-size", "64", "--ckpt", published["SiT-T/2"], "--vae", vae,
+                     "--out", str(out)])  # fmt: skip
+        assert out.exists()
+
+
+def test_sit_train_with_noise_prediction(imagenet: str, vae: str, tmp_path: Path) -> None:
+    train.train(["--model", "SiT-T/2", "--data-path", imagenet, "--path-type", "Linear", "--prediction", "noise",
+                 "--vae", vae, "--run-dir", str(tmp_path), *SMALL_TRAINING])  # fmt: skip
+    assert load_pretrained(tmp_path).transport["prediction"] == "noise"
+
+
+def test_sit_likelihood_of_samples(published: dict[str, str], vae: str, tmp_path: Path) -> None:
+    sample_ddp.main(["ODE", "--model", "SiT-T/2", "--likelihood", "--ckpt", published["SiT-T/2"], "--vae", vae,
+                     "--num-fid-samples", "3", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path)])  # fmt: skip
+    (file,) = tmp_path.glob("*-likelihood.npz")
+    values = np.load(file)
+    assert values["nats"].shape == (3,)
+    np.testing.assert_allclose(values["bits_per_dim"], -values["nats"] / (256 * np.log(2)), rtol=1e-5)
+
+
+# -- Without a network -------------------------------------------------------------------------------------------
+
+
+def test_default_weights_that_cannot_be_fetched_are_one_line(tmp_path: Path, monkeypatch, refuses) -> None:
+    monkeypatch.setenv("PPFLOW_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(PUBLISHED, "PPF-XL-2", Published("PPF-XL-2.pt", "http://127.0.0.1:9/PPF-XL-2.pt"))
+    assert "PPF-XL-2" in refuses(sample.main, "ODE", "--image-size", 256, "--seed", 1)
+
+
+def test_autoencoder_that_cannot_be_fetched_is_one_line(imagenet: str, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "PPF_T_2", "--data-path", imagenet]
+    environment = {**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "stabilityai/sd-vae-ft-ema" in line
+    assert "local folder" in line
