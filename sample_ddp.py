@@ -2,9 +2,9 @@
 
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000 --cfg-scales 1.5
 
-Writes a folder of PNG files and an .npz whose arr_0 is (N, H, W, 3) uint8 in sample order, as ADM's evaluation suite
-reads it. Sample i is a function of (checkpoint, solver, seed, i): the number of processes and the batch size do not
-matter, and a run that was interrupted makes what is missing.
+Writes a folder of PNG files (none with --no-png) and an .npz whose arr_0 is (N, H, W, 3) uint8 in sample order, as
+ADM's evaluation suite reads it. Sample i is a function of (checkpoint, solver, seed, i): the number of processes and the
+batch size do not matter, and a run that was interrupted makes what is missing.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import argparse
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from models import PyramidalPatchDiT
+from sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
 from sample_utils import (
     LABELS,
     PROBES,
@@ -36,12 +33,14 @@ from sample_utils import (
     check_solver_args,
     draw_samples,
     dry_run,
+    is_adaptive,
     load_trained,
     per_level,
 )
 from train_utils import (
     ArgumentParser,
     Processes,
+    UserError,
     broadcast_object,
     complete_file,
     guided,
@@ -53,10 +52,7 @@ from train_utils import (
     use_precision,
     user_input,
 )
-from transport import Sampler, bits_per_dim, sample_generators
-
-PNGS_PER_FOLDER = 1000
-NATS = "log-density in nats"  # key of a PNG file's text
+from transport import Sampler, sample_generators
 
 # Flags that do not change what sample i looks like.
 NOT_SETTINGS = {"sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size",
@@ -80,6 +76,8 @@ def build_parser() -> ArgumentParser:
         output.add_argument("--global-seed", type=natural_int, default=0, help="seed of labels and noise")
         output.add_argument("--label-sampling", choices=["random", "balanced"], default="random",
                             help="labels: uniformly random, or all classes equally often")  # fmt: skip
+        output.add_argument("--png", action=argparse.BooleanOptionalAction, default=True,
+                            help="a PNG file of each sample; without, small .npz shards")  # fmt: skip
         output.add_argument("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
         add_model_args(command, 1.0)
         if mode == "SDE":
@@ -119,6 +117,8 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     """The PNG folder, with the settings it belongs to; other settings in it are refused (ValueError)."""
     folder = Path(args.sample_dir) / folder_name(args, trained)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
+    if is_adaptive(args):
+        settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
     settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "weights": fingerprint(trained.model),
                  "vae": trained.autoencoder.name, "level_edges": trained.transport.schedule.level_edges}  # fmt: skip
     settings = json.loads(json.dumps(settings))
@@ -136,37 +136,6 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     return folder
 
 
-def png_path(folder: Path, index: int) -> Path:
-    """Where sample `index` lies: a thousand files to a folder."""
-    return folder / f"{index // PNGS_PER_FOLDER:03d}" / f"{index:06d}.png"
-
-
-def write_npz(path: Path, folder: Path, num_samples: int, shape: tuple[int, int]) -> None:
-    """Stream the PNG files into an .npz: arr_0 (N, H, W, 3) uint8 in sample order, one image in memory at a time."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num_samples, *shape, 3)}
-    with (
-        complete_file(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for index in tqdm(range(num_samples), desc="npz", unit="image"):
-            with Image.open(png_path(folder, index)) as image:
-                file.write(np.asarray(image).tobytes())
-
-
-def write_likelihoods(path: Path, folder: Path, num_samples: int, dimensions: int) -> None:
-    """Collect the samples' log-densities into an .npz: nats (N,) and bits_per_dim (N,), in sample order."""
-    nats = []
-    for index in range(num_samples):
-        with Image.open(png_path(folder, index)) as image:
-            nats.append(float(image.text[NATS]))
-    bits = bits_per_dim(torch.tensor(nats, dtype=torch.float64), dimensions).numpy()
-    with complete_file(path) as temporary:
-        np.savez(temporary, nats=np.array(nats), bits_per_dim=bits)
-    print(f"saved {path}: mean {np.mean(nats):.2f} nats, {bits.mean():.4f} bits per dimension")
-
-
 def log_density(
     trained: TrainedModel, args: argparse.Namespace, x1: torch.Tensor, labels: list[int], indices: list[int]
 ) -> list[float]:
@@ -179,33 +148,42 @@ def log_density(
     return log_prob.tolist()
 
 
-def generate(
-    args: argparse.Namespace, trained: TrainedModel, folder: Path, indices: list[int], processes: Processes
-) -> None:
-    """Draw this process's share of the samples `indices` and write each as a PNG file."""
+def make_store(args: argparse.Namespace, folder: Path) -> SampleStore:
+    """Where the samples are kept."""
+    return PngStore(folder) if args.png else ShardStore(folder)
+
+
+def plan_batches(missing: Sequence[int], args: argparse.Namespace) -> list[list[int]]:
+    """What is solved together: missing samples whose numbers share a block of --per-proc-batch-size.
+
+    The steps of an adaptive method follow the whole batch, so there the whole block is solved, as if nothing of it were
+    there: its images are the same after an interruption, and on any number of processes.
+    """
     size = args.per_proc_batch_size
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    mine = batches[processes.rank :: processes.world_size]
-    counter = EvaluationCounter(trained.model)
-    with tqdm(total=len(indices), unit="image", desc="samples", disable=not processes.is_main) as progress:
-        for number, batch in enumerate(mine):
+    if not is_adaptive(args):
+        return [list(missing[start : start + size]) for start in range(0, len(missing), size)]
+    return [list(range(block * size, (block + 1) * size)) for block in sorted({index // size for index in missing})]
+
+
+def generate(
+    args: argparse.Namespace, trained: TrainedModel, store: SampleStore, missing: list[int], processes: Processes
+) -> None:
+    """Draw this process's share of the missing samples and store them."""
+    batches = plan_batches(missing, args)
+    counter, wanted = EvaluationCounter(trained.model), set(missing)
+    with tqdm(total=len(missing), unit="image", desc="samples", disable=not processes.is_main) as progress:
+        for number, batch in enumerate(batches[processes.rank :: processes.world_size]):
             labels = [label_of(index, trained.model.num_classes, args) for index in batch]
             with use_precision(args.precision, processes.device):
                 x1 = draw_samples(trained, counter, args, labels, batch, args.global_seed, processes.device)
                 images = trained.autoencoder.decode(x1)
                 nats = log_density(trained, args, x1, labels, batch) if args.mode == "ODE" and args.likelihood else None
-            for row, (index, pixels) in enumerate(
-                zip(batch, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True)
-            ):
-                text = PngInfo()
-                if nats is not None:
-                    text.add_text(NATS, repr(nats[row]))  # with its image: both are there, or neither
-                with complete_file(png_path(folder, index)) as temporary:
-                    rgb = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # grey images become RGB
-                    Image.fromarray(np.ascontiguousarray(rgb)).save(temporary, pnginfo=text)
+            pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # grey images become RGB
+            rows = [row for row, index in enumerate(batch) if index in wanted]
+            store.write([batch[row] for row in rows], pixels[rows], nats and [nats[row] for row in rows])
             # The others are about as far.
             round_of_batches = batches[number * processes.world_size : (number + 1) * processes.world_size]
-            progress.update(sum(map(len, round_of_batches)))
+            progress.update(sum(len(wanted.intersection(indices)) for indices in round_of_batches))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -226,24 +204,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run(trained, args, processes.device)
         if processes.is_main:
             folder = prepare_folder(args, trained)
-            missing = [i for i in range(args.num_fid_samples) if not png_path(folder, i).exists()]
+            present = make_store(args, folder).present(args.num_fid_samples)
+            missing = [index for index in range(args.num_fid_samples) if index not in present]
             print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
         else:
             folder, missing = None, None
     folder, missing = broadcast_object((folder, missing))
-    generate(args, trained, folder, missing, processes)
+    store = make_store(args, folder)
+    generate(args, trained, store, missing, processes)
     if dist.is_initialized():
         dist.barrier()
     if processes.is_main:
+        lost = set(range(args.num_fid_samples)) - store.present(args.num_fid_samples)
+        if lost:
+            raise UserError(f"{folder}: {len(lost)} samples were lost while others were made; run the command again")
         npz = folder.with_name(folder.name + ".npz")
-        write_npz(npz, folder, args.num_fid_samples, trained.image_size)
-        if args.mode == "ODE" and args.likelihood:
-            likelihoods = npz.with_name(folder.name + "-likelihood.npz")
-            model = trained.model
-            write_likelihoods(
-                likelihoods, folder, args.num_fid_samples, model.in_channels * math.prod(model.input_size)
-            )
+        with user_input():
+            nats = write_npz(npz, store, args.num_fid_samples, trained.image_size)
         print(f"saved {npz}: arr_0 {(args.num_fid_samples, *trained.image_size, 3)} uint8")
+        if args.mode == "ODE" and args.likelihood:
+            model = trained.model
+            dimensions = model.in_channels * math.prod(model.input_size)
+            print(write_likelihoods(npz.with_name(folder.name + "-likelihood.npz"), nats, dimensions))
 
 
 if __name__ == "__main__":

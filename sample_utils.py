@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from download import load_pretrained
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
+from download import load_pretrained
 from models import PyramidalPatchDiT, canonical_name
 from train_utils import (
     PRECISIONS,
@@ -88,7 +88,7 @@ def check_solver_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         args.last_step_size = args.last_step_size or 0.04
         return
     args.sampling_method = args.sampling_method or "heun2"
-    adaptive = args.sampling_method in ADAPTIVE_METHODS
+    adaptive = is_adaptive(args)
     if adaptive and args.num_sampling_steps:
         parser.error(f"--num-sampling-steps has no effect with {args.sampling_method}, which chooses its own steps")
     for name in ("atol", "rtol"):
@@ -96,6 +96,11 @@ def check_solver_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} has no effect with {args.sampling_method}: it takes --num-sampling-steps")
     args.num_sampling_steps = args.num_sampling_steps or [50]
     args.atol, args.rtol = args.atol or 1e-6, args.rtol or 1e-3
+
+
+def is_adaptive(args: argparse.Namespace) -> bool:
+    """Whether the solver chooses its own steps, from the whole batch."""
+    return args.mode == "ODE" and args.sampling_method in ADAPTIVE_METHODS
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, start_script
-from download import PUBLISHED, Published, export_state_dict, load_pretrained
 from PIL import Image
 
 import sample
 import sample_ddp
 import train
+from download import PUBLISHED, Published, export_state_dict, load_pretrained
 from models import create_model
 
 SMALL_TRAINING = ["--image-size", "64", "--global-batch-size", "4", "--max-steps", "2", "--num-workers", "0"]
@@ -124,14 +124,16 @@ def test_resuming_does_not_read_the_initial_weights_again(
 
 
 def test_resume_from_a_checkpoint(imagenet: str, latent_run: Path, tmp_path: Path) -> None:
-    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--ckpt", str(latent_run / "checkpoints" / "0000002.pt"),
+    ckpt = latent_run / "checkpoints" / "0000002.pt"
+    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--ckpt", str(ckpt),
                  "--run-dir", str(tmp_path), "--max-steps", "3"])  # fmt: skip
     assert (tmp_path / "checkpoints" / "0000003.pt").exists()
 
 
 def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path: Path) -> None:
-    done = start_script("sample_ddp.py", "ODE", "--model", "PPF_T_2", "--num-fid-samples", 6, "--ckpt", published["PPF-T-2"],
-                        "--vae", vae, "--num-sampling-steps", 2, "--sample-dir", tmp_path, processes=2)  # fmt: skip
+    done = start_script("sample_ddp.py", "ODE", "--model", "PPF_T_2", "--num-fid-samples", 6,
+                        "--ckpt", published["PPF-T-2"], "--vae", vae, "--num-sampling-steps", 2,
+                        "--sample-dir", tmp_path, processes=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("*.npz")
     assert np.load(file)["arr_0"].shape == (6, 64, 64, 3)

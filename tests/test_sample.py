@@ -33,7 +33,8 @@ def noise_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with another path and prediction, and a single level."""
     run_dir = tmp_path_factory.mktemp("runs") / "vp"
     train(["--data-path", "digits", "--model", "SiT-T/2", "--path-type", "VP", "--prediction", "noise",
-           "--max-steps", "2", "--global-batch-size", "16", "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
+           "--max-steps", "2", "--global-batch-size", "16", "--num-workers", "0",
+           "--run-dir", str(run_dir)])  # fmt: skip
     return run_dir
 
 
@@ -78,7 +79,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_run: Path, tmp_path: Path) -
 
 def test_settings_change_the_picture(tiny_run: Path, tmp_path: Path) -> None:
     variants = [[], ["--seed", "1"], ["--cfg-scales", "1"], ["--weights", "model"], ["--level-edges", "0.25"],
-                ["--cfg-interval", "0.2", "0.6"], ["--sampling-method", "dopri5"], ["--num-sampling-steps", "5"]]  # fmt: skip
+                ["--cfg-interval", "0.2", "0.6"], ["--sampling-method", "dopri5"],
+                ["--num-sampling-steps", "5"]]  # fmt: skip
     pictures = []
     for number, flags in enumerate(variants):
         main(["ODE", "--ckpt", str(tiny_run), *flags, "--out", str(tmp_path / f"{number}.png")])
@@ -122,8 +124,8 @@ def test_likelihood_of_an_untrained_network_is_that_of_its_noise(tmp_path: Path)
     from sklearn.datasets import load_digits
 
     run_dir = tmp_path / "run"
-    train(["--data-path", "digits", "--model", "PPF-T-2", "--max-steps", "1", "--global-batch-size", "2", "--lr", "1e-30",
-           "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
+    train(["--data-path", "digits", "--model", "PPF-T-2", "--max-steps", "1", "--global-batch-size", "2",
+           "--lr", "1e-30", "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
     out = tmp_path / "bits.json"
     main(["ODE", "--ckpt", str(run_dir), "--likelihood", "--data-path", "digits", "--num-images", "20",
           "--out", str(out)])  # fmt: skip
@@ -194,7 +196,7 @@ def test_bad_flags_are_named(mode: str, flags: list[str], words: str, tiny_run: 
 
 def test_checkpoint_trouble_is_named(tiny_run: Path, tmp_path: Path, refuses) -> None:
     assert "is neither a file" in refuses(main, "ODE", "--ckpt", tmp_path / "none.pt")
-    assert "holds no checkpoints" in refuses(main, "ODE", "--ckpt", tmp_path)
+    assert "model.safetensors" in refuses(main, "ODE", "--ckpt", tmp_path)
     whole = (tiny_run / "checkpoints" / "0000020.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     assert "half.pt" in refuses(main, "ODE", "--ckpt", tmp_path / "half.pt")

@@ -1,0 +1,145 @@
+"""Where the many samples of sample_ddp.py lie until all are there, and the .npz made of them.
+
+A sample is stored complete or not at all, with its log-density where that was asked for. It is found again by its number,
+so that processes, batches and interruptions leave no trace.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from train_utils import complete_file
+from transport import bits_per_dim
+
+PNGS_PER_FOLDER = 1000
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last twelve bytes of every whole PNG file
+NATS = "log-density in nats"  # key of a PNG file's text
+
+
+class SampleStore(ABC):
+    """Samples by their number: pixels (H, W, 3) uint8 and, optionally, a log-density in nats."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def present(self, num_samples: int) -> set[int]:
+        """Numbers below num_samples whose sample is there and whole."""
+
+    @abstractmethod
+    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
+        """Store samples: numbers, pixels (N, H, W, 3) and log-densities (N,)."""
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[np.ndarray, float | None]:
+        """One sample's pixels and log-density."""
+
+
+class PngStore(SampleStore):
+    """A PNG file for each sample, a thousand to a folder; the log-density is text in the file."""
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index // PNGS_PER_FOLDER:03d}" / f"{index:06d}.png"
+
+    def present(self, num_samples: int) -> set[int]:
+        return {index for index in range(num_samples) if _is_whole_png(self.path(index))}
+
+    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
+        for row, index in enumerate(indices):
+            text = PngInfo()
+            if nats is not None:
+                text.add_text(NATS, repr(nats[row]))
+            with complete_file(self.path(index)) as temporary:
+                Image.fromarray(pixels[row]).save(temporary, pnginfo=text)
+
+    def read(self, index: int) -> tuple[np.ndarray, float | None]:
+        try:
+            with Image.open(self.path(index)) as image:
+                nats = image.text.get(NATS)
+                return np.asarray(image), None if nats is None else float(nats)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for flipped bits
+            raise ValueError(f"{self.path(index)} is damaged: remove it and run the command again") from error
+
+
+def _is_whole_png(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), 2)
+            return file.read() == PNG_END
+    except OSError:  # not there, or shorter than its end
+        return False
+
+
+class ShardStore(SampleStore):
+    """One small .npz for each batch; no files of single images."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._where: dict[int, tuple[Path, int]] = {}
+        self._loaded: tuple[Path, dict[str, np.ndarray]] | None = None
+
+    def present(self, num_samples: int) -> set[int]:
+        self._where = {}
+        for path in sorted((self.folder / "shards").glob("[0-9]*.npz")):
+            try:
+                with np.load(path) as shard:
+                    indices = shard["index"].tolist()
+                    if zipfile.ZipFile(path).testzip() is not None:
+                        continue
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                continue  # made again
+            self._where.update({index: (path, row) for row, index in enumerate(indices)})
+        return {index for index in self._where if index < num_samples}
+
+    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
+        path = self.folder / "shards" / f"{indices[0]:06d}-{indices[-1]:06d}-{len(indices)}.npz"
+        extra = {} if nats is None else {"nats": np.array(nats)}
+        with complete_file(path) as temporary:
+            np.savez(temporary, index=np.array(indices), pixels=pixels, **extra)
+
+    def read(self, index: int) -> tuple[np.ndarray, float | None]:
+        path, row = self._where[index]
+        if self._loaded is None or self._loaded[0] != path:
+            with np.load(path) as shard:
+                self._loaded = path, dict(shard)
+        shard = self._loaded[1]
+        return shard["pixels"][row], float(shard["nats"][row]) if "nats" in shard else None
+
+
+def write_npz(path: Path, store: SampleStore, num_samples: int, shape: tuple[int, int]) -> list[float | None]:
+    """Stream the samples into an .npz: arr_0 (N, H, W, 3) uint8 in sample order, a shard in memory at most.
+
+    Returns:
+        the samples' log-densities, None where they have none.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_samples, *shape, 3)}
+    nats = []
+    with (
+        complete_file(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for index in tqdm(range(num_samples), desc="npz", unit="image"):
+            pixels, value = store.read(index)
+            file.write(np.ascontiguousarray(pixels).tobytes())
+            nats.append(value)
+    return nats
+
+
+def write_likelihoods(path: Path, nats: Iterable[float], dimensions: int) -> str:
+    """Save log-densities as an .npz: nats (N,) and bits_per_dim (N,), in sample order; returns a line about them."""
+    nats = np.array(list(nats))
+    bits = bits_per_dim(torch.from_numpy(nats), dimensions).numpy()
+    with complete_file(path) as temporary:
+        np.savez(temporary, nats=nats, bits_per_dim=bits)
+    return f"saved {path}: mean {nats.mean():.2f} nats, {bits.mean():.4f} bits per dimension"
