@@ -72,7 +72,7 @@ class Scaling:
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         """The network's x (N, C, h, w) of latents z."""
-        return (z - _per_channel(self.shift, z)) * _per_channel(self.scale, z)
+        return (z - _per_channel(self.shift, z)).mul_(_per_channel(self.scale, z))
 
     def apply_to_deviation(self, deviation: torch.Tensor) -> torch.Tensor:
         """The standard deviation of x where z has this one."""

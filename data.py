@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -90,6 +90,10 @@ class Digits(Dataset):
         return self.images[index], int(self.labels[index])
 
 
+# What Pillow and zlib raise at files that are damaged, or no images.
+READ_ERRORS = (OSError, ValueError, zlib.error, Image.DecompressionBombError)
+
+
 class UnreadableImage(OSError):
     """An image file that is damaged, or none; the message names it."""
 
@@ -118,6 +122,11 @@ class ImageDataset(Dataset):
         """The file of an image."""
         raise NotImplementedError
 
+    def unreadable(self, index: int, error: Exception) -> UnreadableImage:
+        """What to raise for an image whose reading failed so."""
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+        return UnreadableImage(f"cannot read the image {self.image_name(index)}: {reason}")
+
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
         """Image (3, S, S) and label; with a generator, mirrored half of the time.
 
@@ -127,8 +136,8 @@ class ImageDataset(Dataset):
         try:
             with self.open_image(index) as file, Image.open(file) as opened:
                 image = opened.convert("RGB")
-        except (OSError, ValueError, zlib.error, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"cannot read the image {self.image_name(index)}: {error}") from error
+        except READ_ERRORS as error:
+            raise self.unreadable(index, error) from error
         pixels = center_crop_arr(image, self.image_size)
         if generator is not None and draw_flip(generator):
             pixels = pixels[:, ::-1]
@@ -169,6 +178,7 @@ class ImageArchive(ImageDataset):
 
     Raises:
         ValueError: if the file is no such archive.
+        UnreadableImage: if its first image tells the size, and cannot be read.
     """
 
     def __init__(self, path: str | Path, image_size: int | None = None) -> None:
@@ -206,8 +216,8 @@ class ImageArchive(ImageDataset):
             try:
                 with self.open_image(0) as file, Image.open(file) as first:
                     image_size = min(first.size)
-            except (OSError, zlib.error) as error:
-                raise ValueError(f"cannot read the image {self.image_name(0)}: {error}") from error
+            except READ_ERRORS as error:
+                raise self.unreadable(0, error) from error
             self.image_size, self.image_shape = image_size, (3, image_size, image_size)
 
     def image_name(self, index: int) -> str:

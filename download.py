@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from autoencoder import SHORT_NAMES
+from checkpoints import newest_checkpoint
 from layouts import (
     LAYOUTS,
     check_tensors,
@@ -52,7 +53,7 @@ from layouts import (
     registry_name,
 )
 from models import PyramidalPatchDiT, canonical_name, create_model
-from train_utils import ArgumentParser, complete_file, newest_checkpoint, positive_int, run_script, user_input
+from train_utils import ArgumentParser, complete_file, positive_int, run_script, user_input
 from transport import PatchSchedule
 
 __all__ = ["PUBLISHED", "Pretrained", "download", "export_state_dict", "initialize_levels", "load_pretrained"]

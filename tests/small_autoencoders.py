@@ -14,8 +14,10 @@ from autoencoder import LatentSpace, load_autoencoder
 FACTOR = 2  # images are so many times larger than latents
 
 
-def save_kl(folder: Path, channels: int = 4, blocks: int = 2, deviation: float = 0.3, **config: Any) -> Path:
-    """An AutoencoderKL with random weights, whose posteriors have about this standard deviation."""
+def save_kl(
+    folder: Path, channels: int = 4, blocks: int = 2, deviation: float = 0.3, offset: float = 0.0, **config: Any
+) -> Path:
+    """An AutoencoderKL with random weights, whose posteriors have about this standard deviation and mean."""
     torch.manual_seed(0)
     model = AutoencoderKL(
         block_out_channels=(8, 16, 16)[:blocks],
@@ -28,6 +30,7 @@ def save_kl(folder: Path, channels: int = 4, blocks: int = 2, deviation: float =
     )
     with torch.no_grad():
         model.quant_conv.weight *= 3  # latents that differ between images
+        model.quant_conv.bias[:channels] += offset
         model.quant_conv.bias[channels:] = 2 * torch.tensor(deviation).log()
     model.save_pretrained(folder)
     return folder

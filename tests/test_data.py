@@ -332,7 +332,8 @@ def test_other_compressions_are_refused(tmp_path):
 def test_an_archive_whose_first_image_is_damaged_names_it(tmp_path):
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr("0.png", b"no image")
-    assert "cannot read the image" in message_of(ValueError, tmp_path / "bad.zip")
+    message = message_of(UnreadableImage, tmp_path / "bad.zip")
+    assert message == f"cannot read the image {tmp_path / 'bad.zip'}/0.png: it is no image"
 
 
 # -- Flips ---------------------------------------------------------------------------------------------------------

@@ -343,6 +343,17 @@ def test_two_levels_become_three():
 
 
 @torch.no_grad()
+def test_a_new_patch_starts_from_the_finest_that_divides_it():
+    two, model = tiny(2), tiny(1, patch_sizes=(8, (6, 4), 2), input_size=24)
+    initialize_levels(model, two)
+    for level, (fy, fx) in ((0, (4, 4)), (1, (3, 2))):
+        fine = two.x_embedder[1].weight.reshape(WIDTH, 2, 2, 4)
+        kernel = fine.repeat_interleave(fy, dim=1).repeat_interleave(fx, dim=2) / (fy * fx)
+        assert torch.equal(model.x_embedder[level].weight, kernel.reshape(WIDTH, -1))
+    assert not model.level_embedder.embedding_table.weight[:2].any()
+
+
+@torch.no_grad()
 def test_the_finest_level_becomes_a_sit():
     two, sit = tiny(2), tiny(1)
     initialize_levels(sit, two)
