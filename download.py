@@ -92,6 +92,7 @@ class Pretrained(NamedTuple):
     vae: str  # "none" for pixels, or a diffusers id or path
     name: str  # in the registry where the sizes are there, else a description
     step: int  # of training; 0 if unknown
+    scaling: dict[str, Any] | None = None  # of the latents, where it is not the autoencoder's own
 
     @property
     def schedule(self) -> PatchSchedule:
@@ -127,19 +128,19 @@ def load_pretrained(
                              "download.py convert or save_pretrained wrote")  # fmt: skip
         model = PyramidalPatchDiT(**{**config["model"], **overrides})
         load_own_state_dict(model, state, source, other_size)
-        described, vae = config.get("transport", {}), config.get("vae")
+        described, vae, scaling = config.get("transport", {}), config.get("vae"), config.get("scaling")
         step = int(checkpoint.get("step", 0))
     else:
         model = PyramidalPatchDiT(**fields_from_shapes(state, source, **overrides))
         import_state_dict(model, state, source, other_size)
         args, moments = checkpoint.get("args"), (checkpoint.get("opt") or {}).get("state", {})
         described = vars(args) if isinstance(args, argparse.Namespace) else {}
-        vae = SHORT_NAMES.get(described.get("vae"))
+        vae, scaling = SHORT_NAMES.get(described.get("vae")), None
         step = max((int(parameter.get("step", 0)) for parameter in moments.values()), default=0)  # Adam counts them
     transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
     vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
     name = registry_name(model) or _describe(model)
-    return Pretrained(model.eval(), transport, vae, name, step)
+    return Pretrained(model.eval(), transport, vae, name, step, scaling)
 
 
 def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
@@ -401,6 +402,7 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
             "model": pretrained.model.config,
             "transport": pretrained.transport,
             "vae": pretrained.vae,
+            "scaling": pretrained.scaling,
         }
         state = own_state_dict(pretrained.model)
         content = {"ema": state, "config": config, "step": pretrained.step}

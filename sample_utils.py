@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from autoencoder import Autoencoder, load_autoencoder
+from autoencoder import Autoencoder, Scaling, load_autoencoder
 from download import load_pretrained
 from models import PyramidalPatchDiT, canonical_name
 from train_utils import (
@@ -150,6 +150,8 @@ def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel
     }
     check_claims(claims, source)
     autoencoder = load_autoencoder(args.vae or pretrained.vae, device)
+    if pretrained.scaling is not None and autoencoder.name != "none":
+        autoencoder = autoencoder.with_scaling(Scaling.from_dict(pretrained.scaling))
     if autoencoder.channels not in (None, model.in_channels):
         raise ValueError(
             f"the autoencoder {autoencoder.name} has {autoencoder.channels} channels, {source} {model.in_channels}"

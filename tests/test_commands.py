@@ -190,3 +190,50 @@ def test_autoencoder_that_cannot_be_fetched_is_one_line(imagenet: str, tmp_path:
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert "stabilityai/sd-vae-ft-ema" in line
     assert "local folder" in line
+
+
+# -- Latents that were encoded before ----------------------------------------------------------------------------
+
+
+def test_latents_of_another_program_train_and_sample(vae: str, tmp_path: Path, refuses) -> None:
+    """LightningDiT's shards: their own statistics scale the latents, in training and, remembered, in sampling."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    latents = 3 + 5 * torch.randn(6, 4, 8, 8, generator=generator)
+    mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
+    (tmp_path / "latents").mkdir()
+    save_file({"latents": latents, "latents_flip": latents.flip(-1).contiguous(), "labels": torch.arange(6) % 2},
+              tmp_path / "latents" / "latents_rank00_shard000.safetensors")  # fmt: skip
+    torch.save({"mean": mean, "std": std}, tmp_path / "latents" / "latents_stats.pt")
+    command = ["--model", "PPF-T-2", "--data-path", str(tmp_path / "latents"), "--run-dir", str(tmp_path / "run"),
+               *SMALL_TRAINING[2:]]  # fmt: skip
+    assert "--vae" in refuses(train.train, *command)
+    train.train([*command, "--vae", vae])
+    scaling = load_pretrained(tmp_path / "run").scaling
+    np.testing.assert_allclose(scaling["shift"], mean.flatten(), rtol=1e-4)
+    np.testing.assert_allclose(scaling["scale"], 1 / std.flatten(), rtol=1e-4)
+    out = tmp_path / "a.png"
+    sample.main(["ODE", "--ckpt", str(tmp_path / "run"), "--num-sampling-steps", "2", "--out", str(out)])
+    assert Image.open(out).size == (2 * 66 + 2, 66 + 2)
+
+
+def test_extracted_latents_train_and_are_decoded_by_their_autoencoder(imagenet: str, vae: str, tmp_path: Path) -> None:
+    from extract_latents import extract
+
+    extract(["--data-path", imagenet, "--vae", vae, "--image-size", "64", "--out", str(tmp_path / "latents"),
+             "--num-workers", "0"])  # fmt: skip
+    train.train(["--model", "SiT-T/2", "--data-path", str(tmp_path / "latents"), "--run-dir", str(tmp_path / "run"),
+                 *SMALL_TRAINING])  # fmt: skip
+    pretrained = load_pretrained(tmp_path / "run")
+    assert pretrained.vae == vae
+    assert pretrained.model.input_size == (8, 8)
+    assert (tmp_path / "run" / "samples" / "0000002.png").exists()
+
+
+def test_likelihood_and_reverse_of_encoded_images(imagenet: str, latent_run: Path, tmp_path: Path) -> None:
+    for question in ("--likelihood", "--reverse"):
+        out = str(tmp_path / "out.png")
+        sample.main(["ODE", "--ckpt", str(latent_run), question, "--data-path", imagenet, "--num-images", "3",
+                     "--sampling-method", "euler", "--num-sampling-steps", "4", "--out", out])  # fmt: skip
+        assert (tmp_path / "out.png").stat().st_size > 0

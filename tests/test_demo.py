@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT
 from PIL import Image
-from sample_ddp import main as sample_ddp
 from scipy.spatial.distance import cdist, pdist
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+
+from sample_ddp import main as sample_ddp
 
 SAMPLES = 500
 GREY_LEVELS = 16
