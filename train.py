@@ -5,11 +5,15 @@
 
 One process per GPU under torchrun, or a single one. All random numbers are functions of (seed, step, sample), so a run
 is the same on any number of processes, and the same when it is stopped and continued.
+
+With --run-dir DIR the same command starts the run in DIR or continues it. SIGTERM and SIGUSR1 end it after the
+current step with a checkpoint and exit code 75; what the user must mend ends it with code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -17,20 +21,29 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from download import initialize_levels, load_pretrained
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, autoencoder_name, load_autoencoder
+from checkpoints import (
+    CheckpointWriter,
+    continue_from,
+    load_weights,
+    make_run_dir,
+    newest_checkpoint,
+    starting_point,
+)
 from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
+from download import initialize_levels, load_pretrained
 from models import PyramidalPatchDiT, canonical_name, create_model
+from preemption import EXIT_PREEMPTED, Preempted, Preemption, outlive_preemption
 from train_utils import (
     PRECISIONS,
     ArgumentParser,
@@ -40,19 +53,20 @@ from train_utils import (
     add_cfg_args,
     add_transport_args,
     broadcast_object,
+    complete_file,
+    ema_decay_at,
     gather_objects,
     guided,
     level_edges_of,
-    load_checkpoint,
-    load_weights,
+    make_reproducible,
     natural_float,
     natural_int,
-    newest_checkpoint,
+    not_finite,
+    on_main,
     positive_float,
     positive_int,
     probability,
     run_script,
-    save_checkpoint,
     save_grid,
     start_processes,
     update_ema,
@@ -64,12 +78,6 @@ from transport import Sampler, Transport, create_transport, sample_generators
 # Streams of random numbers; 1 and 2 belong to data.py, 7, 8 and 10 to sample_utils.py.
 NOISE, TIME, DROPOUT, PREVIEW = 3, 4, 5, 6
 
-# What may change when a run is continued; everything else would make it another run.
-FREE_TO_CHANGE = {
-    "epochs", "max_steps", "results_dir", "run_dir", "ckpt", "num_workers", "log_every", "ckpt_every", "sample_every",
-    "cfg_scales", "cfg_channels", "cfg_interval", "wandb",
-}  # fmt: skip
-
 PREVIEW_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet, as in DiT
 PREVIEW_COLUMNS = 8
 PREVIEW_STEPS = 25
@@ -77,7 +85,13 @@ PREVIEW_STEPS = 25
 
 def build_parser() -> ArgumentParser:
     """The flags of train.py."""
-    parser = ArgumentParser(prog="train.py", description="Train a diffusion transformer with a pyramid of patch sizes.")
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train a diffusion transformer with a pyramid of patch sizes.",
+        epilog=f"Exit codes: 0 the run is done; {EXIT_PREEMPTED} SIGTERM or SIGUSR1: saved after the current step, the "
+        "same command continues (a second signal exits at once); 2 something to mend, said in one line. torchrun turns "
+        "every code but 0 into 1.",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--data-path", required=True, help="'digits', a folder of class folders, a zip file, or latents")
     run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}")
@@ -88,7 +102,7 @@ def build_parser() -> ArgumentParser:
     run.add_argument("--vae", help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none "
                      "for pixels (default: none for digits, that of the latents for latents, else ema)")  # fmt: skip
     run.add_argument("--results-dir", default="results", help="where a new numbered run folder is made")
-    run.add_argument("--run-dir", help="the run's folder; an interrupted run in it is continued")
+    run.add_argument("--run-dir", help="the run's folder; a run that is in it is continued")
     run.add_argument("--ckpt", help="continue from this checkpoint, with the settings stored in it")
     run.add_argument("--initialize_from", "--initialize-from", metavar="WEIGHTS",
                      help="pretrained weights to start from: a name (SiT-XL/2), or a file of any layout")  # fmt: skip
@@ -113,6 +127,10 @@ def build_parser() -> ArgumentParser:
     logging = parser.add_argument_group("logging")
     logging.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of metrics")
     logging.add_argument("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints")
+    logging.add_argument("--keep-last", type=positive_int, metavar="K",
+                         help="delete all but the last K checkpoints (default: keep all)")  # fmt: skip
+    logging.add_argument("--keep-every", type=positive_int, metavar="M",
+                         help="with --keep-last, keep those of every M-th step as well")  # fmt: skip
     logging.add_argument("--sample-every", type=natural_int, default=10_000,
                          help="steps between grids of EMA samples; 0 for none at all")  # fmt: skip
     logging.add_argument("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
@@ -124,29 +142,17 @@ def build_parser() -> ArgumentParser:
 # Set-up
 
 
-def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The arguments, and the checkpoint to continue from: --ckpt, or what --run-dir holds.
-
-    A continued run keeps its settings; a flag that contradicts them is an error that names it.
-    """
+def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, and which of them were given."""
     args, given = build_parser().parse_with_given(argv)
     with user_input():
         args.model = canonical_name(args.model)
-        source = args.ckpt or (newest_checkpoint(Path(args.run_dir)) if args.run_dir else None)
-        checkpoint = load_checkpoint(source) if source else None
-    if checkpoint is None:
-        return args, None
-    for name, value in checkpoint["config"]["args"].items():
-        if name in FREE_TO_CHANGE:
-            continue
-        if name in given and getattr(args, name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} is {value} in {source}, not {getattr(args, name)}: "
-                f"leave {flag} out to continue that run, or start another with a new --run-dir"
-            )
-        setattr(args, name, value)
-    return args, checkpoint
+        args.vae = args.vae and autoencoder_name(args.vae)
+    if not args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
+    if args.keep_every and not args.keep_last:
+        raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
+    return args, given
 
 
 def open_data(args: argparse.Namespace, device: torch.device) -> tuple[AnyDataset, Autoencoder | None]:
@@ -160,9 +166,13 @@ def open_data(args: argparse.Namespace, device: torch.device) -> tuple[AnyDatase
     if dataset.kind == "digits" and args.vae not in (None, "none"):
         raise ValueError(f"digits are trained on as pixels: leave --vae {args.vae} out")
     default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
-    args.vae = autoencoder_name(args.vae or default)
+    args.vae = autoencoder_name(args.vae or default or "none")
+    if args.vae == "none" and dataset.kind == "latents" and args.sample_every:
+        raise ValueError(f"{args.data_path} does not say which autoencoder decodes it: give --vae, or --sample-every 0")
     if autoencoder is None and (dataset.kind == "images" or args.sample_every):
         autoencoder = load_autoencoder(args.vae, device)
+    if dataset.kind == "latents" and autoencoder is not None and autoencoder.name != "none":
+        autoencoder = autoencoder.with_scaling(dataset.scaling)
     return dataset, autoencoder
 
 
@@ -208,24 +218,12 @@ def build(
         "model": model.config,
         "transport": transport_config,
         "vae": args.vae,
+        "scaling": asdict(dataset.scaling) if dataset.kind == "latents" else None,
         "args": dict(vars(args)),
+        "images": len(dataset),
         "torch": str(torch.__version__),
     }
     return dataset, autoencoder, model, transport, config
-
-
-def make_run_dir(args: argparse.Namespace) -> Path:
-    """--run-dir, or the next results/NNN-model-path-prediction."""
-    if args.run_dir:
-        run_dir = Path(args.run_dir)
-    else:
-        taken = [int(path.name[:3]) for path in Path(args.results_dir).glob("[0-9][0-9][0-9]-*")]
-        name = f"{max(taken, default=-1) + 1:03d}-{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}"
-        run_dir = Path(args.results_dir) / name
-    with user_input():
-        for folder in ("checkpoints", "samples"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    return run_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,11 +271,6 @@ def draw_step(
     return t, x0, drop
 
 
-def ema_decay_at(step: int, decay: float) -> float:
-    """The decay rises to its value over the first steps, so that the initial weights are soon forgotten."""
-    return min(decay, (1 + step) / (10 + step))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Previews
 
@@ -291,25 +284,29 @@ def preview(
     processes: Processes,
     batch_size: int,
 ) -> torch.Tensor | None:
-    """EMA samples, one row per class, made by all processes together; returned on the main one."""
+    """EMA samples, one row per class, made by all processes together; returned on the main one.
+
+    None there if a process was interrupted by Preempted.
+    """
     classes = PREVIEW_CLASSES if ema.num_classes == 1000 else range(min(10, ema.num_classes))
     labels = torch.tensor(list(classes)).repeat_interleave(PREVIEW_COLUMNS)
     mine = torch.arange(processes.rank, len(labels), processes.world_size)
     images = []
-    for indices in mine.split(batch_size):
-        x0 = transport.noise.sample(
-            (len(indices), ema.in_channels, *ema.input_size),
-            sample_generators(args.global_seed, indices.tolist(), PREVIEW),
-            processes.device,
-        )
-        y = labels[indices].to(processes.device)
-        x1 = Sampler(transport).sample_ode(guided(ema, args), x0, num_steps=PREVIEW_STEPS, y=y)
-        images += autoencoder.decode(x1).float().cpu()
+    with contextlib.suppress(Preempted):
+        for indices in mine.split(batch_size):
+            x0 = transport.noise.sample(
+                (len(indices), ema.in_channels, *ema.input_size),
+                sample_generators(args.global_seed, indices.tolist(), PREVIEW),
+                processes.device,
+            )
+            y = labels[indices].to(processes.device)
+            x1 = Sampler(transport).sample_ode(guided(ema, args), x0, num_steps=PREVIEW_STEPS, y=y)
+            images += autoencoder.decode(x1).float().cpu()
     parts = gather_objects((mine, images), processes)
-    if not parts:
+    images = [image for _, part in parts for image in part]
+    if len(images) < len(labels):
         return None
     order = torch.cat([indices for indices, _ in parts]).argsort().tolist()
-    images = [image for _, part in parts for image in part]
     return torch.stack([images[index] for index in order])
 
 
@@ -319,11 +316,25 @@ def preview(
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run train.py with these command-line arguments."""
-    args, checkpoint = settings(argv)
+    args, given = settings(argv)
+    with Preemption() as preemption:
+        run(args, given, preemption)
+
+
+def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> None:
+    """Start or continue the run that the arguments describe.
+
+    Raises:
+        SystemExit: with EXIT_PREEMPTED, if it was asked to stop.
+        UserError:  if it cannot go on; one of the user's arguments or the disk is why.
+    """
     processes = start_processes()
+    make_reproducible()
+    source, told = on_main(lambda: starting_point(args), processes)
+    checkpoint = continue_from(source, args, given) if source else None
     args.precision = args.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
     dataset, autoencoder, model, transport, config = build(args, processes, pretrained=checkpoint is None)
-    run_dir = Path(broadcast_object(str(make_run_dir(args)) if processes.is_main else None))
+    run_dir = on_main(lambda: make_run_dir(args), processes)
     device = processes.device
 
     # Model, average, optimizer
@@ -332,8 +343,11 @@ def train(argv: Sequence[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
+    ema.register_forward_pre_hook(preemption.check)  # it is evaluated for previews alone
     start_step = 0
     if checkpoint is not None:
+        if (images := checkpoint["config"].get("images", len(dataset))) != len(dataset):
+            raise UserError(f"{args.data_path} holds {len(dataset):,} images now, it was {images:,} when the run began")
         with user_input():
             load_weights(model, checkpoint["model"], "the checkpoint")
             load_weights(ema, checkpoint["ema"], "the checkpoint's EMA")
@@ -350,28 +364,31 @@ def train(argv: Sequence[str] | None = None) -> None:
     total_steps = args.max_steps or max(1, args.epochs * len(dataset) // args.global_batch_size)
     steps = StepSampler(start_step, total_steps, args.global_batch_size, processes.rank, processes.world_size)
     loader = training_loader(dataset, args.global_seed, steps, args.num_workers, pin_memory=device.type == "cuda")
+    loader.worker_init_fn = outlive_preemption
     micro_batch = steps.local // args.gradient_accumulation_steps
 
     # Logs
     log = None
     if processes.is_main:
-        (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with user_input(), complete_file(run_dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
         log = RunLog(run_dir, start_step, config, args.wandb)
         parameters = sum(p.numel() for p in model.parameters())
         log.text(f"{args.model}: {parameters:,} parameters, {model.num_levels} level(s), "
                  f"{' / '.join(str(model.num_tokens(level)) for level in range(model.num_levels))} tokens")  # fmt: skip
         log.text(f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes; "
                  f"{processes.world_size} process(es) on {device.type}, {args.precision}; {run_dir}")  # fmt: skip
+        for line in told:
+            log.text(f"warning: {line}")
         if start_step:
-            log.text(f"continuing from step {start_step}")
+            log.text(f"continuing from step {start_step}, {source}")
+    writer = CheckpointWriter(run_dir, args.keep_last, args.keep_every, log.text if log else print)
 
     def save(step: int) -> None:
-        """Checkpoint of a step, unless it is there."""
-        path = run_dir / "checkpoints" / f"{step:07d}.pt"
-        if log and not path.exists():
+        """Start writing the checkpoint of a step."""
+        if log:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}
-            save_checkpoint(path, {**state, "config": config, "step": step})
-            log.text(f"saved {path}")
+            writer.save(step, {**state, "config": config, "step": step})
 
     def show(step: int) -> None:
         """Grid of EMA samples of a step."""
@@ -379,14 +396,16 @@ def train(argv: Sequence[str] | None = None) -> None:
         with use_precision(args.precision, device):
             images = preview(ema, autoencoder, transport, args, processes, batch_size=max(micro_batch, 16))
         if log and images is not None:
-            save_grid(images, path, columns=PREVIEW_COLUMNS)
-            log.picture("samples", path, step)
-            log.plot()
+            with log.unless_full():
+                save_grid(images, path, columns=PREVIEW_COLUMNS)
+                log.picture("samples", path, step)
+                log.plot()
 
     progress = tqdm(total=total_steps, initial=min(start_step, total_steps), unit="step", disable=not log,
                     mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
     sums = torch.zeros(2, model.num_levels, device=device)  # loss and number of samples, by level
     grad_norms, timed_steps, seconds, mark = 0.0, 0, 0.0, time.perf_counter()
+    done, preempted, preemption.working = start_step, False, True
     for step, (images, labels) in enumerate(readable(loader), start=start_step):
         # The equations in one place: x_t = alpha_t x_1 + sigma_t x_0, the network predicts at (x_t, t, y)
         first = step * args.global_batch_size + processes.rank * steps.local
@@ -396,6 +415,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         images, x0, y = (tensor.to(device, non_blocking=True) for tensor in (images, x0, labels))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        all_terms = []
         for start in range(0, steps.local, micro_batch):
             part = slice(start, start + micro_batch)
             last = start + micro_batch == steps.local
@@ -406,16 +426,27 @@ def train(argv: Sequence[str] | None = None) -> None:
                     x1 = autoencoder.encode(x1, posterior_generators(args.global_seed, positions[part]))
                 terms = parallel(x1, y[part], t[part], x0[part])
             (terms["loss"].mean() / args.gradient_accumulation_steps).backward()
-            sums[0].index_add_(0, terms["level"], terms["loss"].detach().float())
-            sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"], dtype=torch.float32))
-        limit = args.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-        if not math.isfinite(grad_norm):
-            # Before it reaches the weights. The gradient is averaged over processes, so all of them stop here.
+            all_terms.append({"loss": terms["loss"].detach().float(), "level": terms["level"]})
+        terms = {key: torch.cat([part[key] for part in all_terms]) for key in ("loss", "level")}
+        sums[0].index_add_(0, terms["level"], terms["loss"])
+        sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"]))
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        # What one process knows and all must agree on, in the step's only look at the device.
+        bad_loss = (~terms["loss"].isfinite()).any().float()
+        flags = torch.stack([bad_loss, torch.full_like(bad_loss, preemption.requested)])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        grad_norm, bad_loss, preempted = torch.cat([norm[None], flags]).tolist()
+        if bad_loss or not math.isfinite(grad_norm):  # before it reaches the weights
             progress.close()
+            message = broadcast_object(not_finite(done + 1, positions, terms, model, loader.dataset._index, processes))
+            writer.wait()
             kept = newest_checkpoint(run_dir)
             advice = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-            raise UserError(f"the loss is not finite at step {step + 1}: {advice}; try --max-grad-norm 1, a lower --lr")
+            raise UserError(f"{message}; {advice}; try --max-grad-norm 1, a lower --lr")
+        if args.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
+        writer.wait_copied()  # a checkpoint that is being written has read the weights
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, ema_decay_at(step, args.ema_decay))
@@ -439,18 +470,28 @@ def train(argv: Sequence[str] | None = None) -> None:
                 progress.set_postfix(loss=f"{values['loss']:.4f}")
             sums.zero_()
             grad_norms, timed_steps, mark = 0.0, 0, time.perf_counter()
-        if (args.sample_every and done % args.sample_every == 0) or done % args.ckpt_every == 0 or finished:
-            before = time.perf_counter()
-            if done % args.ckpt_every == 0 or finished:
-                save(done)
-            if args.sample_every and (done % args.sample_every == 0 or finished):
-                show(done)
-            mark += time.perf_counter() - before  # not the steps' time
+        before = time.perf_counter()
+        if done % args.ckpt_every == 0 or finished or preempted:
+            save(done)
+        if preempted:
+            break
+        if args.sample_every and (done % args.sample_every == 0 or finished):
+            show(done)
+        mark += time.perf_counter() - before  # not the steps' time
     progress.close()
-    if log:
-        log.plot()
+    failed = broadcast_object(writer.wait())  # so that all processes end together
+    if failed:
+        raise UserError(f"{failed}; make room, and the same command continues")
+    if log and done >= total_steps:
+        with log.unless_full():
+            log.plot()
         log.text(f"done: {total_steps} steps, see {run_dir}")
+    elif log:
+        log.text(f"stopped by a signal after step {done}, which is saved: the same command continues")
+    if log:
         log.close()
+    if done < total_steps:
+        sys.exit(EXIT_PREEMPTED)
 
 
 def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:

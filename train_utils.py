@@ -1,4 +1,4 @@
-"""What the scripts share: errors, flags, processes, EMA, checkpoints, logs and pictures."""
+"""What the scripts share: errors, flags, processes, EMA, files, logs and pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -208,6 +208,24 @@ def gather_objects(value: Any, processes: Processes) -> list[Any]:
     return values or []
 
 
+Value = TypeVar("Value")
+
+
+def on_main(call: Callable[[], Value], processes: Processes) -> Value:
+    """What a call returns on the main process, or the user's error that it ends in, on every process."""
+    value, error = None, None
+    if processes.is_main:
+        try:
+            with user_input():
+                value = call()
+        except UserError as raised:
+            error = str(raised)
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise UserError(error)
+    return value
+
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -215,6 +233,13 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     """The autocast context of a precision; fp32 and tf32 set how CUDA multiplies matrices."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def make_reproducible() -> None:
+    """The same bits every time on the same device: by default some of CUDA's sums are in no fixed order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and change nothing here
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,6 +250,47 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay ema + (1 - decay) model, in a few kernels for all parameters."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The decay rises to its value over the first steps, so that the initial weights are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Health
+
+
+def not_finite(
+    step: int,
+    positions: range,
+    terms: dict[str, torch.Tensor],
+    model: nn.Module,
+    index_of: Callable[[int], int],
+    processes: Processes,
+) -> str:
+    """What is known about a step whose loss or gradient is not finite: its samples and levels, of all processes.
+
+    Args:
+        positions: this process's n samples, numbered over the whole run
+        terms:     their "loss" and "level" (n,)
+        index_of:  a position's index in the dataset
+    """
+    bad = (~torch.isfinite(terms["loss"])).nonzero().flatten().tolist()
+    mine = [(index_of(positions[i]), positions[i], int(terms["level"][i])) for i in bad]
+    found = [sample for part in gather_objects(mine, processes) for sample in part]
+    if found:
+        samples = ", ".join(f"{index} (position {position}, level {level})" for index, position, level in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return f"the loss is not finite at step {step} for {len(found)} sample(s) of the dataset: {samples}{more}"
+    bad = {id(p): name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()}
+    levels = [n for n in range(model.num_levels) if any(id(p) in bad for p in model.level_parameters(n))]
+    first = positions.start - processes.rank * len(positions)
+    last = first + processes.world_size * len(positions) - 1
+    return (
+        f"the gradient is not finite at step {step}, though every loss is: in {len(bad)} parameter(s), as "
+        f"{next(iter(bad.values()), 'none')}, level(s) {levels}; the samples are those at positions {first} to {last}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,58 +310,6 @@ def complete_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint of tensors and plain data."""
-    with complete_file(path) as temporary:
-        torch.save(checkpoint, temporary)
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of a run with the most steps."""
-    return max((run_dir / "checkpoints").glob("[0-9]*.pt"), default=None, key=lambda path: int(path.stem))
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of train.py onto the CPU; a run's folder stands for its newest one.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file is truncated or is no checkpoint of this program.
-    """
-    path = Path(path)
-    if path.is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise FileNotFoundError(f"{path} holds no checkpoints/*.pt: give a checkpoint, or a run's folder")
-        path = newest
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read checkpoint {path}, is it truncated? ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "config", "step"} <= set(checkpoint):
-        raise ValueError(
-            f"{path} is not a checkpoint of this train.py, which alone can be continued: "
-            f"weights of other programs go to --initialize_from (training) or --ckpt (sampling)"
-        )
-    return checkpoint
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict, naming the first tensor that does not fit (ValueError)."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in weights or name not in own:
-            where = "missing from" if name not in weights else "unknown to this model but in"
-            raise ValueError(f"{source} belongs to another model: {name} is {where} it")
-        if weights[name].shape != own[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, the model wants {tuple(own[name].shape)}"
-            raise ValueError(f"{source} belongs to another model: {name} is {shapes}")
-    model.load_state_dict(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,18 +355,29 @@ class RunLog:
     def text(self, message: str) -> None:
         """A line for people, on the screen and in log.txt."""
         tqdm.write(message, file=sys.stdout)
-        with open(self.run_dir / "log.txt", "a") as file:
+        sys.stdout.flush()  # a killed process takes what it has not shown with it
+        with self.unless_full(), open(self.run_dir / "log.txt", "a") as file:
             file.write(message + "\n")
 
+    @contextlib.contextmanager
+    def unless_full(self) -> Iterator[None]:
+        """A disk that takes no more is no reason to end a run: what it does not take is left out, with a warning."""
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"warning: a log or picture is lost: {error}", file=sys.stdout)
+
     def metrics(self) -> list[dict[str, Any]]:
-        """All records so far."""
-        if not self.metrics_file.exists():
-            return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        """All records so far, but for lines that a full disk or a lost machine cut short."""
+        records = []
+        for line in self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
     def record(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl; values holds the step."""
-        with open(self.metrics_file, "a") as file:
+        with self.unless_full(), open(self.metrics_file, "a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb_run:
             self.wandb_run.log({f"train/{name}": value for name, value in values.items()}, step=values["step"])
