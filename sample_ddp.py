@@ -3,8 +3,8 @@
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000 --cfg-scales 1.5
 
 Writes a folder of PNG files (none with --no-png) and an .npz whose arr_0 is (N, H, W, 3) uint8 in sample order, as
-ADM's evaluation suite reads it. Sample i is a function of (checkpoint, solver, seed, i): the number of processes and the
-batch size do not matter, and a run that was interrupted makes what is missing.
+ADM's evaluation suite reads it. Sample i is a function of (checkpoint, solver, seed, i): the number of processes and
+the batch size do not matter, and a run that was interrupted makes what is missing.
 """
 
 from __future__ import annotations
