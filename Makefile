@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    ?= $(VENV)/bin
 RUN    ?= results/demo
+KILLS  ?= 50
 
 # Threads that spin while they wait for each other stall for seconds on a machine with other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format bench
+.PHONY: demo test chaos lint format bench
 
 # Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
@@ -18,6 +19,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Runs that are killed at random must end bit by bit as if they were not; on a GPU with CHAOS_DEVICES=0.
+chaos: $(VENV)/.installed
+	CHAOS_KILLS=$(KILLS) CHAOS_CORRUPTIONS=500 CHAOS_DEVICES=$(CHAOS_DEVICES) \
+	    $(BIN)/python -m pytest tests/test_chaos.py tests/test_checkpoints.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -49,6 +49,12 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(checkpoints_of(run_dir)), None)
 
 
+def last_words(run_dir: Path) -> str:
+    """What a run that fails leaves behind."""
+    kept = newest_checkpoint(run_dir)
+    return f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+
+
 def digest_path(path: Path) -> Path:
     """Where the digest of a checkpoint is."""
     return path.with_name(f"{path.name}.sha256")
@@ -393,10 +399,7 @@ class CheckpointWriter:
             self.tell(f"saved {path}")
             prune(self.run_dir, self.keep_last, self.keep_every)
         except OSError as error:
-            kept = newest_checkpoint(self.run_dir)
-            self._failed = f"checkpoint {path} was not written: {error}; " + (
-                f"{kept} is kept" if kept else "there is none yet"
-            )
+            self._failed = f"checkpoint {path} was not written: {error}; {last_words(self.run_dir)}"
             self.tell(f"warning: {self._failed}")
         except BaseException as error:
             self._error = error

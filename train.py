@@ -35,9 +35,9 @@ from autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from checkpoints import (
     CheckpointWriter,
     continue_from,
+    last_words,
     load_weights,
     make_run_dir,
-    newest_checkpoint,
     starting_point,
 )
 from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
@@ -69,6 +69,7 @@ from train_utils import (
     run_script,
     save_grid,
     start_processes,
+    step_metrics,
     update_ema,
     use_precision,
     user_input,
@@ -196,14 +197,8 @@ def build(
         args.level_edges = list(level_edges_of(args, model.num_levels))
         if args.initialize_from and pretrained:
             initialize_levels(model, load_pretrained(args.initialize_from).model)
-        transport_config = {
-            "path_type": args.path_type,
-            "prediction": args.prediction,
-            "loss_weight": args.loss_weight,
-            "train_eps": args.train_eps,
-            "sample_eps": args.sample_eps,
-            "level_edges": args.level_edges,
-        }
+        names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "level_edges")
+        transport_config = {name: getattr(args, name) for name in names}
         transport = create_transport(**transport_config)
         transport.check_levels(model)
         guided(model, args)
@@ -354,11 +349,10 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         optimizer.load_state_dict(checkpoint["opt"])
         start_step = checkpoint["step"]
         del checkpoint
-    loss_module = LossModule(model, transport)
-    parallel = loss_module
+    parallel = LossModule(model, transport)
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(loss_module, device_ids=ids, broadcast_buffers=False)
+        parallel = DistributedDataParallel(parallel, device_ids=ids, broadcast_buffers=False)
 
     # Data
     total_steps = args.max_steps or max(1, args.epochs * len(dataset) // args.global_batch_size)
@@ -399,12 +393,12 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
             with log.unless_full():
                 save_grid(images, path, columns=PREVIEW_COLUMNS)
                 log.picture("samples", path, step)
-                log.plot()
+            log.plot()
 
     progress = tqdm(total=total_steps, initial=min(start_step, total_steps), unit="step", disable=not log,
                     mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
     sums = torch.zeros(2, model.num_levels, device=device)  # loss and number of samples, by level
-    grad_norms, timed_steps, seconds, mark = 0.0, 0, 0.0, time.perf_counter()
+    grad_norms, timed_steps, mark = 0.0, 0, time.perf_counter()
     done, preempted, preemption.working = start_step, False, True
     for step, (images, labels) in enumerate(readable(loader), start=start_step):
         # The equations in one place: x_t = alpha_t x_1 + sigma_t x_0, the network predicts at (x_t, t, y)
@@ -441,9 +435,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
             progress.close()
             message = broadcast_object(not_finite(done + 1, positions, terms, model, loader.dataset._index, processes))
             writer.wait()
-            kept = newest_checkpoint(run_dir)
-            advice = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-            raise UserError(f"{message}; {advice}; try --max-grad-norm 1, a lower --lr")
+            raise UserError(f"{message}; {last_words(run_dir)}; try --max-grad-norm 1, a lower --lr")
         if args.max_grad_norm:
             nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
         writer.wait_copied()  # a checkpoint that is being written has read the weights
@@ -458,8 +450,8 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         if done % args.log_every == 0 or finished:
             if dist.is_initialized():
                 dist.all_reduce(sums)
-            seconds = time.perf_counter() - mark
             if log:
+                seconds = time.perf_counter() - mark
                 values = step_metrics(done, sums, grad_norms / timed_steps, optimizer.param_groups[0]["lr"])
                 values["epoch"] = done * args.global_batch_size / len(dataset)
                 values["step_time"] = seconds / timed_steps
@@ -483,8 +475,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     if failed:
         raise UserError(f"{failed}; make room, and the same command continues")
     if log and done >= total_steps:
-        with log.unless_full():
-            log.plot()
+        log.plot()
         log.text(f"done: {total_steps} steps, see {run_dir}")
     elif log:
         log.text(f"stopped by a signal after step {done}, which is saved: the same command continues")
@@ -500,15 +491,6 @@ def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         yield from loader
     except OSError as error:  # from a worker the text is a traceback, which ends with the error itself
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from error
-
-
-def step_metrics(step: int, sums: torch.Tensor, grad_norm: float, lr: float) -> dict[str, Any]:
-    """One record of metrics.jsonl from the loss sums and counts (2, levels); a level without samples is null."""
-    loss, count = sums.tolist()
-    values = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": grad_norm, "lr": lr}
-    for level, (total, number) in enumerate(zip(loss, count, strict=True)):
-        values[f"loss_level_{level}"] = total / number if number else None
-    return values
 
 
 if __name__ == "__main__":

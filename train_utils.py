@@ -186,7 +186,18 @@ def start_processes() -> Processes:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives the processes that it restarts: new ones must not read the addresses of the dead.
+        # (The nodes of a larger job need not have counted the same restarts.)
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if cuda else None,
+    )
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -407,12 +418,21 @@ class RunLog:
             which(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        with complete_file(self.run_dir / "loss.png") as temporary:
+        with self.unless_full(), complete_file(self.run_dir / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120)
 
     def close(self) -> None:
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def step_metrics(step: int, sums: torch.Tensor, grad_norm: float, lr: float) -> dict[str, Any]:
+    """One record of metrics.jsonl from the loss sums and counts (2, levels); a level without samples is null."""
+    loss, count = sums.tolist()
+    values = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": grad_norm, "lr": lr}
+    for level, (total, number) in enumerate(zip(loss, count, strict=True)):
+        values[f"loss_level_{level}"] = total / number if number else None
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------
