@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch.nn as nn
 from train_utils import UserError, complete_file, user_input
 
 PARTS = {"model", "ema", "opt", "config", "step"}
+LOCK_PATIENCE = 45.0  # seconds
 CHUNK = 1 << 22  # bytes that are hashed and written at a time
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,10 +229,44 @@ def make_run_dir(args: argparse.Namespace) -> Path:
         taken = [int(path.name[:3]) for path in Path(args.results_dir).glob("[0-9][0-9][0-9]-*")]
         name = f"{max(taken, default=-1) + 1:03d}-{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}"
         run_dir = Path(args.results_dir) / name
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "checkpoints").is_dir():
+        raise ValueError(f"--run-dir {run_dir} holds other files and no run: give a new or an empty folder")
     for folder in ("checkpoints", "samples"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    lock_run_dir(run_dir)
     remove_leftovers(run_dir)
     return run_dir
+
+
+_locks: dict[Path, BinaryIO] = {}  # open as long as the process lives
+
+
+def lock_run_dir(run_dir: Path) -> None:
+    """Keep a run's folder for this process, which a second one would write into as well.
+
+    A process that is just ending (its torchrun was killed, say) is waited for. The lock goes with the process, and its
+    loader's workers do not inherit it.
+
+    Raises:
+        ValueError: if another process trains there and does not end.
+    """
+    path = (run_dir / ".lock").resolve()
+    if path in _locks:
+        return
+    file = open(path, "ab")  # noqa: SIM115
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                file.close()
+                raise ValueError(f"another process trains in {run_dir}: end it, or give another --run-dir") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    _locks[path] = file
 
 
 # ---------------------------------------------------------------------------------------------------------------

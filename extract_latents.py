@@ -38,6 +38,7 @@ from train_utils import (
     natural_int,
     positive_int,
     run_script,
+    some_text,
     start_processes,
     use_precision,
     user_input,
@@ -51,8 +52,11 @@ SMALL_DATASET_SHARDS = 16  # at least so many, so that as many processes have wo
 def build_parser() -> ArgumentParser:
     """The flags of extract_latents.py."""
     parser = ArgumentParser(prog="extract_latents.py", description="Encode images to shards of latents.")
-    parser.add_argument("--data-path", required=True, help="a folder of class folders, or a zip archive of images")
-    parser.add_argument("--out", "--features-path", required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--data-path", required=True, type=some_text,
+                        help="a folder of class folders, or a zip archive of images")  # fmt: skip
+    parser.add_argument(
+        "--out", "--features-path", type=some_text, required=True, metavar="DIR", help="folder for the shards"
+    )
     parser.add_argument("--vae", default="ema", help="autoencoder: ema, mse, a hub id or a local folder")
     parser.add_argument("--image-size", type=positive_int, help="(default: 256 for folders, archives their own)")
     parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
@@ -73,6 +77,9 @@ def build_parser() -> ArgumentParser:
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Refuse to continue what was begun with other settings (ValueError)."""
     file = out / SETTINGS
+    source = Path(settings["data_path"]).resolve()
+    if out.resolve() == source or source in out.resolve().parents:
+        raise ValueError(f"--out {out} is in --data-path, whose images would then be taken for latents: give another")
     if not file.exists():
         if shard_files(out):
             raise ValueError(f"{out} holds shards but no {SETTINGS}: give another --out")

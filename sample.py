@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data import AnyDataset, open_dataset
@@ -42,6 +45,7 @@ from train_utils import (
     positive_int,
     run_script,
     save_grid,
+    some_text,
     use_precision,
     user_input,
 )
@@ -62,7 +66,9 @@ def build_parser() -> ArgumentParser:
         output.add_argument("--samples-per-class", type=positive_int, default=1, metavar="N", help="images a label")
         output.add_argument("--batch-size", type=positive_int, default=128, help="samples solved together")
         output.add_argument("--seed", type=natural_int, default=0, help="seed of noise and probes")
-        output.add_argument("--out", help="file to write (default: samples.png, likelihood.json or reverse.png)")
+        output.add_argument(
+            "--out", type=some_text, help="file to write (default: samples.png, likelihood.json or reverse.png)"
+        )
         output.add_argument("--compare-finest", action="store_true",
                             help="also time the same network at its finest level only")  # fmt: skip
         add_model_args(command, None, "default: 4, or 1 with --likelihood and --reverse")
@@ -73,7 +79,7 @@ def build_parser() -> ArgumentParser:
         given = command.add_argument_group("given images")
         given.add_argument("--likelihood", action="store_true", help="bits per dimension of images in --data-path")
         given.add_argument("--reverse", action="store_true", help="turn images of --data-path into noise and back")
-        given.add_argument("--data-path", help="'digits' or an image folder, for --likelihood and --reverse")
+        given.add_argument("--data-path", type=some_text, help="images as for train.py, for --likelihood and --reverse")
         given.add_argument("--num-images", type=positive_int, help="how many of them (default: 16)")
         given.add_argument("--num-probes", type=positive_int, help="probes for --likelihood (default: 1)")
     return parser
@@ -88,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.likelihood and args.reverse:
             parser.error("--likelihood and --reverse are two questions: give one of them")
         if given_images and not args.data_path:
-            parser.error("--likelihood and --reverse need --data-path: 'digits' or an image folder")
+            parser.error("--likelihood and --reverse need --data-path: 'digits', or a folder or zip archive of images")
         for name, takes_effect in (
             ("data_path", given_images),
             ("num_images", given_images),
@@ -124,7 +130,7 @@ def sample(args: argparse.Namespace, trained: TrainedModel, device: torch.device
     labels = [label for label in labels for _ in range(args.samples_per_class)]
     images, cost = timed_samples(args, trained, labels, device)
     columns = args.samples_per_class if args.samples_per_class > 1 else math.ceil(math.sqrt(len(labels)))
-    out = args.out or "samples.png"
+    out = args.out
     save_grid(images, out, columns)
     print(f"{len(labels)} images, {args.mode} {args.sampling_method}, step {trained.step} of {trained.name}: {out}")
     rows = [(f"pyramid, {trained.model.num_levels} level(s)", cost)]
@@ -205,7 +211,7 @@ def likelihood(args: argparse.Namespace, trained: TrainedModel, dataset: AnyData
     bits = bits_per_dim(log_prob, x1[0].numel())
     if pixels:  # they are discrete: a value has the density's mass over one step of values
         bits -= math.log2(dataset.value_step)
-    out = args.out or "likelihood.json"
+    out = args.out
     records = zip(numbers, y.tolist(), log_prob.tolist(), bits.tolist(), strict=True)
     with user_input(), complete_file(out) as temporary:
         keys = ("image", "label", "nats", "bits_per_dim")
@@ -228,7 +234,7 @@ def there_and_back(args: argparse.Namespace, trained: TrainedModel, dataset: Any
         x0 = Sampler(trained.transport).sample_ode(network, x1, *solver, y=y, reverse=True)
         back = Sampler(trained.transport).sample_ode(network, x0, *solver, y=y)
         rows = [autoencoder.decode(x) for x in (x1, x0 / 3 if autoencoder.name == "none" else x0, back)]
-    out = args.out or "reverse.png"
+    out = args.out
     save_grid(torch.cat(rows).float().cpu(), out, columns=len(x1))
     error = (back - x1).square().mean().sqrt()
     print(
@@ -248,12 +254,33 @@ def open_data(path: str, trained: TrainedModel) -> AnyDataset:
     return dataset
 
 
+def default_out(args: argparse.Namespace) -> str:
+    """Where the answer goes when --out does not say."""
+    if args.mode == "SDE" or not (args.likelihood or args.reverse):
+        return "samples.png"
+    return "likelihood.json" if args.likelihood else "reverse.png"
+
+
+def check_out(out: Path, picture: bool) -> None:
+    """Refuse a file that could not be written, before hours of work (ValueError, OSError)."""
+    pictures = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    if picture and out.suffix.lower() not in pictures:
+        raise ValueError(f"--out {out} has no suffix of a picture: call it {out.stem}.png")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: {out.parent} cannot be written to")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run sample.py with these command-line arguments."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
+    args.out = args.out or default_out(args)
     with user_input():
+        check_out(Path(args.out), picture=not (args.mode == "ODE" and args.likelihood))
         trained = load_trained(args, device)
         dry_run(trained, args, device)
     if args.mode == "SDE" or not (args.likelihood or args.reverse):

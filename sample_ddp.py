@@ -47,6 +47,7 @@ from train_utils import (
     natural_int,
     positive_int,
     run_script,
+    some_text,
     start_processes,
     to_uint8,
     use_precision,
@@ -68,7 +69,9 @@ def build_parser() -> ArgumentParser:
             mode, help=f"{text}; see sample_ddp.py {mode} --help", description=f"Sample with {text}."
         )
         output = command.add_argument_group("output")
-        output.add_argument("--sample-dir", default="samples", help="folder for the PNG folder and the .npz")
+        output.add_argument(
+            "--sample-dir", type=some_text, default="samples", help="folder for the PNG folder and the .npz"
+        )
         output.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="number of samples")
         output.add_argument(
             "--per-proc-batch-size", type=positive_int, default=32, help="samples a process solves together"

@@ -16,6 +16,7 @@ from models import PyramidalPatchDiT, canonical_name
 from train_utils import (
     PRECISIONS,
     ArgumentParser,
+    UserError,
     add_cfg_args,
     add_level_edges,
     guided,
@@ -23,6 +24,7 @@ from train_utils import (
     optional_choice,
     positive_float,
     positive_int,
+    some_text,
 )
 from transport import (
     ADAPTIVE_METHODS,
@@ -45,12 +47,15 @@ SAMPLES, LABELS, PROBES = 7, 8, 10  # streams of random numbers; the others are 
 def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
     """Which network, and how it is guided: the same for ODE and SDE."""
     group = parser.add_argument_group("model")
-    group.add_argument("--ckpt", help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file "
-                       "in the layout of SiT or PPFlow (default: the published weights of --model)")  # fmt: skip
+    group.add_argument("--ckpt", type=some_text,
+                       help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file in the "
+                       "layout of SiT or PPFlow (default: the published weights of --model)")  # fmt: skip
     group.add_argument("--model", help="name of the model, checked against --ckpt (default without --ckpt: PPF-XL-2)")
     group.add_argument("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
     group.add_argument("--num-classes", type=positive_int, help="number of classes, checked against the checkpoint")
-    group.add_argument("--vae", help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)")
+    group.add_argument(
+        "--vae", type=some_text, help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)"
+    )
     group.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
     group.add_argument("--precision", choices=PRECISIONS, help="(default: tf32 on CUDA, fp32 on the CPU)")
     add_level_edges(group)
@@ -254,19 +259,23 @@ def draw_samples(
     y = torch.tensor(labels, device=device)
     sampler, network, steps = Sampler(transport), guided(counter, args), per_level(args.num_sampling_steps)
     if args.mode == "ODE":
-        return sampler.sample_ode(network, x0, args.sampling_method, steps, args.atol, args.rtol, y=y)
-    return sampler.sample_sde(
-        network,
-        x0,
-        method=args.sampling_method,
-        num_steps=steps,
-        diffusion_form=args.diffusion_form,
-        diffusion_norm=args.diffusion_norm,
-        last_step=args.last_step,
-        last_step_size=args.last_step_size,
-        generator=generators,
-        y=y,
-    )
+        x1 = sampler.sample_ode(network, x0, args.sampling_method, steps, args.atol, args.rtol, y=y)
+    else:
+        x1 = sampler.sample_sde(
+            network,
+            x0,
+            method=args.sampling_method,
+            num_steps=steps,
+            diffusion_form=args.diffusion_form,
+            diffusion_norm=args.diffusion_norm,
+            last_step=args.last_step,
+            last_step_size=args.last_step_size,
+            generator=generators,
+            y=y,
+        )
+    if not torch.isfinite(x1).all():
+        raise UserError("the samples are not finite: lower --cfg-scales, or take more steps")
+    return x1
 
 
 def dry_run(trained: TrainedModel, args: argparse.Namespace, device: torch.device) -> None:

@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ from train_utils import (
     probability,
     run_script,
     save_grid,
+    some_text,
     start_processes,
     step_metrics,
     update_ema,
@@ -94,18 +96,21 @@ def build_parser() -> ArgumentParser:
         "every code but 0 into 1.",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--data-path", required=True, help="'digits', a folder of class folders, a zip file, or latents")
-    run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}")
+    run.add_argument(
+        "--data-path", type=some_text, required=True, help="'digits', a folder of class folders, a zip file, or latents"
+    )
+    run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2")
     run.add_argument(
         "--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)"
     )
     run.add_argument("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
-    run.add_argument("--vae", help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none "
-                     "for pixels (default: none for digits, that of the latents for latents, else ema)")  # fmt: skip
-    run.add_argument("--results-dir", default="results", help="where a new numbered run folder is made")
-    run.add_argument("--run-dir", help="the run's folder; a run that is in it is continued")
-    run.add_argument("--ckpt", help="continue from this checkpoint, with the settings stored in it")
-    run.add_argument("--initialize_from", "--initialize-from", metavar="WEIGHTS",
+    run.add_argument("--vae", type=some_text,
+                     help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none for pixels "
+                     "(default: none for digits, that of the latents for latents, else ema)")  # fmt: skip
+    run.add_argument("--results-dir", type=some_text, default="results", help="where a new numbered run folder is made")
+    run.add_argument("--run-dir", type=some_text, help="the run's folder; a run that is in it is continued")
+    run.add_argument("--ckpt", type=some_text, help="continue from this checkpoint, with the settings stored in it")
+    run.add_argument("--initialize_from", "--initialize-from", type=some_text, metavar="WEIGHTS",
                      help="pretrained weights to start from: a name (SiT-XL/2), or a file of any layout")  # fmt: skip
 
     training = parser.add_argument_group("training")
@@ -151,6 +156,8 @@ def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
         args.vae = args.vae and autoencoder_name(args.vae)
     if not args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
+    if {"epochs", "max_steps"} <= given:
+        raise UserError("--epochs and --max-steps both say how long to train: give one of them")
     if args.keep_every and not args.keep_last:
         raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
     return args, given
@@ -474,7 +481,9 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     failed = broadcast_object(writer.wait())  # so that all processes end together
     if failed:
         raise UserError(f"{failed}; make room, and the same command continues")
-    if log and done >= total_steps:
+    if log and start_step >= total_steps:
+        log.text(f"nothing to do: {run_dir} is at step {start_step}, and {total_steps} are asked for")
+    elif log and done >= total_steps:
         log.plot()
         log.text(f"done: {total_steps} steps, see {run_dir}")
     elif log:
@@ -490,7 +499,8 @@ def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
     try:
         yield from loader
     except OSError as error:  # from a worker the text is a traceback, which ends with the error itself
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("OSError: ")) from error
+        message = re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])
+        raise UserError(f"{message}; remove it, or train on extract_latents.py --skip-unreadable's latents") from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,8 +47,12 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks stop for the same reason: say it once
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            # On a line of its own, below a progress bar
+            tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        tqdm.write(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)  # what a shell shows for Ctrl-C
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -90,13 +95,28 @@ def number(kind: type, low: float, high: float = float("inf"), open_ends: bool =
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high or (open_ends and value in (low, high)):
+        if not low <= value <= high or math.isinf(value) or (open_ends and value in (low, high)):
             bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if open_ends and low == 0 else bounds}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def finite_float(text: str) -> float:
+    """An argparse type: a number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def some_text(text: str) -> str:
+    """An argparse type: text that is not empty, as an unset variable of the shell is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 positive_int = number(int, 1)
@@ -124,8 +144,8 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
     weights = optional_choice("velocity", "likelihood")
     group.add_argument("--loss-weight", default=None, help="weight of the loss over time", **weights)
-    group.add_argument("--train-eps", type=float, help="distance of training from singular ends of [0, 1]")
-    group.add_argument("--sample-eps", type=float, help="the same in sampling")
+    group.add_argument("--train-eps", type=finite_float, help="distance of training from singular ends of [0, 1]")
+    group.add_argument("--sample-eps", type=finite_float, help="the same in sampling")
     add_level_edges(group)
 
 
@@ -139,7 +159,7 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, note: s
     """--cfg-scales and its companions."""
     group = parser.add_argument_group("guidance")
     text = "classifier-free guidance scale: one, or one per level (coarsest first); 1 is none"
-    group.add_argument("--cfg-scales", "--cfg-scale", type=float, nargs="+", metavar="W",
+    group.add_argument("--cfg-scales", "--cfg-scale", type=finite_float, nargs="+", metavar="W",
                        default=default and [default], help=f"{text} ({note})" if note else text)  # fmt: skip
     group.add_argument("--cfg-channels", type=positive_int, metavar="C",
                        help="guide only the first C channels (DiT, SiT and PPFlow's published numbers: 3)")  # fmt: skip
@@ -150,6 +170,8 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, note: s
 def guided(model: nn.Module, args: argparse.Namespace) -> ClassifierFreeGuidance:
     """The model under the guidance that --cfg-scales and its companions ask for."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
+    if args.cfg_channels and args.cfg_channels > getattr(model, "in_channels", args.cfg_channels):
+        raise ValueError(f"--cfg-channels {args.cfg_channels}, but the model has {model.in_channels} channel(s)")
     return ClassifierFreeGuidance(model, args.cfg_scales, model.num_classes, args.cfg_channels, interval)
 
 

@@ -314,3 +314,9 @@ def test_small_sets_have_work_for_many_processes(tmp_path, pictures, vae):
     extract([*flags(pictures, vae, tmp_path)[:-6], "--dtype", "fp16"])
     assert len(shard_files(tmp_path)) == 13
     assert len(open_dataset(str(tmp_path))) == 13
+
+
+def test_shards_are_not_written_among_the_images(pictures, vae, tmp_path, refuses) -> None:
+    for out in (pictures, pictures / "latents"):
+        assert "is in --data-path" in refuses(extract, *flags(pictures, vae, out))
+    assert sorted(path.name for path in pictures.iterdir()) == sorted(CLASSES)

@@ -186,6 +186,12 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
         ("SDE", ["--level-edges", "0.98"], "would cross the level edge at 0.98"),
         ("SDE", ["--diffusion-form", "increasing-decresing"], "invalid choice"),
         ("DDE", [], "invalid choice: 'DDE'"),
+        ("ODE", ["--cfg-scales", "nan"], "nan is not a finite number"),
+        ("ODE", ["--cfg-channels", "9"], "the model has 1 channel(s)"),
+        ("ODE", ["--cfg-scales", "1e38"], "the samples are not finite"),
+        ("ODE", ["--ckpt", ""], "it is empty"),
+        ("ODE", ["--out", "picture.xyz"], "no suffix of a picture"),
+        ("ODE", ["--out", "/proc/none/a.png"], "/proc/none"),
     ],
 )
 def test_bad_flags_are_named(mode: str, flags: list[str], words: str, tiny_run: Path, tmp_path: Path, refuses) -> None:
@@ -211,3 +217,20 @@ def test_tensors_of_another_shape_are_named(tiny_run: Path, tmp_path: Path, refu
     del checkpoint["ema"]["y_embedder.embedding_table.weight"]
     torch.save(checkpoint, tmp_path / "odd.pt")
     assert "y_embedder.embedding_table.weight" in refuses(main, "ODE", "--ckpt", tmp_path / "odd.pt")
+
+
+def test_unwritable_answer_is_refused_before_the_work(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    (tmp_path / "folder.png").mkdir()
+    assert "is a folder" in refuses(main, "ODE", "--ckpt", "none.pt", "--out", tmp_path / "folder.png")
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys) -> None:
+    from train_utils import run_script
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")

@@ -273,6 +273,10 @@ def test_unknown_flag_is_an_error_and_not_an_abbreviation(refuses) -> None:
         (["--model", "SiT-T/2", "--level-edges", "0.5"], "give 0 level edge(s)"),
         (["--model", "SiT-S/8", "--max-steps", "0"], "at least 1"),
         (["--loss-weight", "snr"], "not one of None, velocity, likelihood"),
+        (["--cfg-scales", "inf"], "inf is not a finite number"),
+        (["--lr", "inf"], "inf"),
+        (["--epochs", "3", "--max-steps", "5"], "give one of them"),
+        (["--data-path", ""], "it is empty"),
     ],
 )
 def test_bad_flags_end_before_training(flags: list[str], words: str, tmp_path: Path, refuses) -> None:
@@ -309,6 +313,48 @@ def test_error_is_one_line_without_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: error: --data-path no/such/folder does not exist")
+
+
+def test_folder_of_other_things_is_not_made_a_run(tmp_path: Path, refuses) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert "holds other files and no run" in refuses(train, *TINY, "--run-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_run_that_another_process_trains_is_refused(tiny_run: Path, monkeypatch, refuses) -> None:
+    import subprocess
+    import sys
+
+    import checkpoints
+
+    # fcntl's locks belong to a process: another one has to hold it.
+    held = tiny_run.with_name("held")
+    shutil.copytree(tiny_run, held)
+    program = (
+        f"import fcntl; f = open({str(held / '.lock')!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        monkeypatch.setattr(checkpoints, "LOCK_PATIENCE", 0.0)
+        assert "another process trains in" in refuses(train, *TINY, "--run-dir", held, "--max-steps", 30)
+        other.communicate(b"\n")
+
+
+def test_finished_run_says_that_there_is_nothing_to_do(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    train([*TINY, "--run-dir", str(tmp_path / "run"), "--max-steps", "5"])
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_torn_picture_is_named_with_a_way_out(picture_folder: Path, tmp_path: Path, refuses) -> None:
+    torn = picture_folder / "ant" / "0.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    for workers in (0, 1):
+        line = refuses(train, "--data-path", picture_folder, "--model", "PPF-T-2", "--image-size", 16, "--vae", "none",
+                       "--global-batch-size", 12, "--max-steps", 1, "--num-workers", workers,
+                       "--run-dir", tmp_path / str(workers))  # fmt: skip
+        assert f"error: cannot read the image {torn}" in line
+        assert "--skip-unreadable" in line
 
 
 def test_diverged_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
