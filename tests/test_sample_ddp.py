@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import start_script
+from conftest import ROOT, start_script
 from PIL import Image
 
 from sample_ddp import build_parser, label_of, main
@@ -95,6 +98,19 @@ def test_only_what_is_missing_or_torn_is_made(samples: Path, tiny_run: Path, cap
     assert "3 of 11 samples to make" in capsys.readouterr().out
     assert store.path(5).stat().st_mtime_ns == kept
     assert np.array_equal(npz(samples), before)
+
+
+def test_killed_at_any_moment_it_completes_what_is_missing(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "sample_ddp.py"), "ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11",
+               "--num-sampling-steps", "4", "--per-proc-batch-size", "1", "--sample-dir", str(tmp_path / "killed")]  # fmt: skip
+    for wanted in (1, 5):  # files there when it is killed
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list((tmp_path / "killed").rglob("0*.png"))) < wanted:
+                time.sleep(0.005)
+            process.kill()
+        assert not list((tmp_path / "killed").glob("*.npz"))
+    main(command[2:])
+    assert abs(npz(tmp_path / "killed").astype(int) - npz(samples)).max() <= 1
 
 
 def test_damaged_picture_is_named(samples: Path, tiny_run: Path, refuses) -> None:
