@@ -102,7 +102,8 @@ def test_only_what_is_missing_or_torn_is_made(samples: Path, tiny_run: Path, cap
 
 def test_killed_at_any_moment_it_completes_what_is_missing(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "sample_ddp.py"), "ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11",
-               "--num-sampling-steps", "4", "--per-proc-batch-size", "1", "--sample-dir", str(tmp_path / "killed")]  # fmt: skip
+               "--num-sampling-steps", "4", "--per-proc-batch-size", "1",
+               "--sample-dir", str(tmp_path / "killed")]  # fmt: skip
     for wanted in (1, 5):  # files there when it is killed
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and len(list((tmp_path / "killed").rglob("0*.png"))) < wanted:
