@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -98,7 +99,7 @@ class UnreadableImage(OSError):
     """An image file that is damaged, or none; the message names it."""
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset, ABC):
     """RGB images in [-1, 1], cropped to squares: what image folders and archives have in common."""
 
     kind = "images"
@@ -118,9 +119,9 @@ class ImageDataset(Dataset):
         """What to call an image in messages."""
         return self.names[index]
 
+    @abstractmethod
     def open_image(self, index: int) -> BinaryIO:
         """The file of an image."""
-        raise NotImplementedError
 
     def unreadable(self, index: int, error: Exception) -> UnreadableImage:
         """What to raise for an image whose reading failed so."""
@@ -349,7 +350,8 @@ class TrainingStream(Dataset):
         self.seed = seed
         self._epoch, self._permutation = -1, np.empty(0, np.int64)  # the last one used
 
-    def _index(self, position: int) -> int:
+    def index(self, position: int) -> int:
+        """Which of the dataset's images is at a position of the run."""
         epoch, offset = divmod(position, len(self.dataset))
         if epoch != self._epoch:
             (generator,) = sample_generators(self.seed, [epoch], SHUFFLE)
@@ -358,14 +360,14 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         (generator,) = sample_generators(self.seed, [position], AUGMENTATION)
-        return self.dataset.load(self._index(position), generator)
+        return self.dataset.load(self.index(position), generator)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Items (n, C, H, W) and labels (n,) at these positions; the DataLoader asks for a batch this way."""
         if not hasattr(self.dataset, "load_many"):
             return tuple(default_collate([self[position] for position in positions]))
         generators = sample_generators(self.seed, positions, AUGMENTATION)
-        return self.dataset.load_many([self._index(position) for position in positions], generators)
+        return self.dataset.load_many([self.index(position) for position in positions], generators)
 
 
 def posterior_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:

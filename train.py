@@ -440,7 +440,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         grad_norm, bad_loss, preempted = torch.cat([norm[None], flags]).tolist()
         if bad_loss or not math.isfinite(grad_norm):  # before it reaches the weights
             progress.close()
-            message = broadcast_object(not_finite(done + 1, positions, terms, model, loader.dataset._index, processes))
+            message = broadcast_object(not_finite(done + 1, positions, terms, model, loader.dataset.index, processes))
             writer.wait()
             raise UserError(f"{message}; {last_words(run_dir)}; try --max-grad-norm 1, a lower --lr")
         if args.max_grad_norm:

@@ -376,7 +376,7 @@ def test_each_sample_comes_once_per_epoch_when_the_number_of_processes_changes()
             seen += [position for part in parts for position in part]
     assert seen == list(range(200 * 32))
     for epoch in range(3):
-        indices = [stream._index(position) for position in range(epoch * 1797, (epoch + 1) * 1797)]
+        indices = [stream.index(position) for position in range(epoch * 1797, (epoch + 1) * 1797)]
         assert np.array_equal(np.sort(indices), np.arange(1797))
 
 
@@ -394,7 +394,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, index: int, value: float) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = TrainingStream(Digits(), 0)._index(3 * 32 + 5)
+    index = TrainingStream(Digits(), 0).index(3 * 32 + 5)
     poisoned(monkeypatch, index, float("nan"))
     named = rf"step 4 for 1 sample\(s\) of the dataset: {index} \(position 101, level [01]\);.*0000003.pt"
     with pytest.raises(UserError, match=named) as error:
