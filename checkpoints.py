@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.nn as nn
 
 from train_utils import UserError, complete_file, user_input
 
@@ -151,19 +150,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"weights of other programs go to --initialize_from (training) or --ckpt (sampling)"
         )
     return checkpoint
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict, naming the first tensor that does not fit (ValueError)."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in weights or name not in own:
-            where = "missing from" if name not in weights else "unknown to this model but in"
-            raise ValueError(f"{source} belongs to another model: {name} is {where} it")
-        if weights[name].shape != own[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, the model wants {tuple(own[name].shape)}"
-            raise ValueError(f"{source} belongs to another model: {name} is {shapes}")
-    model.load_state_dict(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------

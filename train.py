@@ -37,12 +37,12 @@ from checkpoints import (
     CheckpointWriter,
     continue_from,
     last_words,
-    load_weights,
     make_run_dir,
     starting_point,
 )
 from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
 from download import initialize_levels, load_pretrained
+from layouts import check_tensors
 from models import PyramidalPatchDiT, canonical_name, create_model
 from preemption import EXIT_PREEMPTED, Preempted, Preemption, outlive_preemption
 from train_utils import (
@@ -351,8 +351,9 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         if (images := checkpoint["config"].get("images", len(dataset))) != len(dataset):
             raise UserError(f"{args.data_path} holds {len(dataset):,} images now, it was {images:,} when the run began")
         with user_input():
-            load_weights(model, checkpoint["model"], "the checkpoint")
-            load_weights(ema, checkpoint["ema"], "the checkpoint's EMA")
+            for part, network in (("model", model), ("ema", ema)):
+                check_tensors(checkpoint[part], network.state_dict(), f"{source}: {part}")
+                network.load_state_dict(checkpoint[part])
         optimizer.load_state_dict(checkpoint["opt"])
         start_step = checkpoint["step"]
         del checkpoint

@@ -112,6 +112,9 @@ def finite_float(text: str) -> float:
     return value
 
 
+finite_float.__name__ = "float"  # argparse names the type in its message
+
+
 def some_text(text: str) -> str:
     """An argparse type: text that is not empty, as an unset variable of the shell is."""
     if not text.strip():

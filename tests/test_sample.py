@@ -186,6 +186,7 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
         ("SDE", ["--level-edges", "0.98"], "would cross the level edge at 0.98"),
         ("SDE", ["--diffusion-form", "increasing-decresing"], "invalid choice"),
         ("DDE", [], "invalid choice: 'DDE'"),
+        ("ODE", ["--cfg-scales", "1.5x"], "invalid float value: '1.5x'"),
         ("ODE", ["--cfg-scales", "nan"], "nan is not a finite number"),
         ("ODE", ["--cfg-channels", "9"], "the model has 1 channel(s)"),
         ("ODE", ["--cfg-scales", "1e38"], "the samples are not finite"),

@@ -300,6 +300,15 @@ def test_truncated_checkpoint_is_named(tiny_run: Path, tmp_path: Path, refuses) 
     assert "is not a checkpoint of this train.py" in refuses(train, *TINY, "--ckpt", broken)
 
 
+def test_tensor_of_another_shape_is_named_before_the_run(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    odd = checkpoint(tiny_run, 20)
+    odd["ema"]["y_embedder.embedding_table.weight"] = torch.zeros(7, 128)
+    torch.save(odd, tmp_path / "odd.pt")
+    line = refuses(train, *TINY, "--ckpt", tmp_path / "odd.pt", "--run-dir", tmp_path / "run")
+    assert "odd.pt: ema" in line
+    assert "y_embedder.embedding_table.weight is (7, 128), not (11, 128)" in line
+
+
 def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
     done = start_script("train.py", *TINY, "--run-dir", tmp_path / "run", processes=3)
     assert done.returncode != 0
