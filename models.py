@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch.utils.checkpoint import checkpoint
 
 FREQUENCY_FEATURES = 256  # sinusoidal features of t
 
@@ -96,16 +97,26 @@ class TableEmbedder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Blocks
+# Blocks. The tokens of a pass are groups (n, T, D), one per level: linear layers see all of them at once, attention
+# and modulation go group by group. Tokens of different samples never meet, so nothing needs a mask.
+
+
+def at_once(layer: Callable[[torch.Tensor], torch.Tensor], groups: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Apply a layer that acts on single tokens to all groups (n, T, features) in one call."""
+    if len(groups) == 1:
+        return [layer(groups[0])]
+    out = layer(torch.cat([group.flatten(0, 1) for group in groups]))
+    parts = out.split([group.shape[0] * group.shape[1] for group in groups])
+    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: x (N, T, D) with one shift and scale (N, D) per sample."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """adaLN: x (n, T, D) with one shift and scale (n, 1, D) per sample."""
+    return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of one sample, (N, T, D) -> (N, T, D)."""
+    """Multi-head self-attention over the tokens of each sample, groups (n, T, D) -> groups (n, T, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -113,11 +124,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+    def forward(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
+        return at_once(self.proj, [self.attend(qkv) for qkv in at_once(self.qkv, groups)])
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """(n, T, 3D) -> (n, T, D)."""
+        n, t, features = qkv.shape
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, features // (3 * self.num_heads))).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, features // 3)
 
 
 class Mlp(nn.Module):
@@ -133,7 +147,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
+    """Transformer block with adaLN-Zero (DiT, section 3.2): groups (n, T, D) under conditions (n, 1, D) -> groups."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -143,14 +157,17 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+    def forward(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
+        parts = (part.chunk(6, dim=2) for part in at_once(self.adaLN_modulation, conditions))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = zip(*parts, strict=True)
+        inputs = [modulate(self.norm1(x), *m) for x, *m in zip(groups, shift_a, scale_a, strict=True)]
+        groups = [x + gate * out for x, gate, out in zip(groups, gate_a, self.attn(inputs), strict=True)]
+        inputs = [modulate(self.norm2(x), *m) for x, *m in zip(groups, shift_m, scale_m, strict=True)]
+        return [x + gate * out for x, gate, out in zip(groups, gate_m, at_once(self.mlp, inputs), strict=True)]
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then the head of the level: (N, T, D) -> (N, T, p*q*out_channels)."""
+    """adaLN, then the head of the level: (n, T, D) under a condition (n, 1, D) -> (n, T, p*q*out_channels)."""
 
     def __init__(self, hidden_size: int, patch_sizes: Sequence[tuple[int, int]], out_channels: int) -> None:
         super().__init__()
@@ -159,7 +176,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(hidden_size, p * q * out_channels) for p, q in patch_sizes)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, level: int) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=2)
         return self.linear[level](modulate(self.norm_final(x), shift, scale))
 
 
@@ -246,6 +263,7 @@ class PyramidalPatchDiT(
         self.mlp_ratio = mlp_ratio
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
 
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
@@ -364,8 +382,14 @@ class PyramidalPatchDiT(
 
     # -- Evaluation ----------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        """Predict at one level.
+    def forward(
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        t: torch.Tensor | Sequence[torch.Tensor],
+        y: torch.Tensor | Sequence[torch.Tensor],
+        level: int | Sequence[int] = 0,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Predict at one level, or at several in one pass.
 
         Args:
             x:     (N, C, H, W) noisy input
@@ -373,27 +397,50 @@ class PyramidalPatchDiT(
             y:     (N,) class ids; num_classes is the null label
             level: index of the patch size, 0 = coarsest
 
+        With a sequence of levels, x, t and y are sequences as well: groups of samples, one for each level named. A
+        group may be empty; the parameters of its level then take part with gradient zero.
+
         Returns:
-            (N, C, H, W): the velocity, noise, score or data, whatever the model was trained for.
+            (N, C, H, W): the velocity, noise, score or data, whatever the model was trained for; a list of them for a
+            sequence of levels.
 
         Raises:
             ValueError: if the input's size or the level is not the model's.
         """
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            expected = "x".join(map(str, (self.in_channels, *self.input_size)))
-            raise ValueError(f"the model takes {expected} inputs, got {'x'.join(map(str, x.shape[1:]))}")
-        if not 0 <= level < self.num_levels:
-            raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
+        if isinstance(level, Sequence):
+            return self._groups(x, t, y, level)
+        return self._groups([x], [t], [y], [level])[0]
 
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        if self.num_levels > 1:
-            c = c + self.level_embedder.embedding_table.weight[level]
-        patch_size = self.patch_sizes[level]
-        tokens = self.x_embedder[level](patchify(x, patch_size)) + getattr(self, f"pos_embed_{level}")
+    def _groups(
+        self,
+        xs: Sequence[torch.Tensor],
+        ts: Sequence[torch.Tensor],
+        ys: Sequence[torch.Tensor],
+        levels: Sequence[int],
+    ) -> list[torch.Tensor]:
+        conditions, groups = [], []
+        for x, t, y, level in zip(xs, ts, ys, levels, strict=True):
+            if x.shape[1:] != (self.in_channels, *self.input_size):
+                expected = "x".join(map(str, (self.in_channels, *self.input_size)))
+                raise ValueError(f"the model takes {expected} inputs, got {'x'.join(map(str, x.shape[1:]))}")
+            if not 0 <= level < self.num_levels:
+                raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
+            condition = self.t_embedder(t) + self.y_embedder(y)
+            if self.num_levels > 1:
+                condition = condition + self.level_embedder.embedding_table.weight[level]
+            conditions.append(condition.unsqueeze(1))  # (n, 1, D)
+            tokens = self.x_embedder[level](patchify(x, self.patch_sizes[level]))
+            groups.append(tokens + getattr(self, f"pos_embed_{level}"))
         for block in self.blocks:
-            tokens = block(tokens, c)
-        out = unpatchify(self.final_layer(tokens, c, level), patch_size, self.input_size)
-        return out[:, : self.in_channels]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                groups = checkpoint(block, groups, conditions, use_reentrant=False, preserve_rng_state=False)
+            else:
+                groups = block(groups, conditions)
+        outputs = []
+        for x, tokens, condition, level in zip(xs, groups, conditions, levels, strict=True):
+            out = unpatchify(self.final_layer(tokens, condition, level), self.patch_sizes[level], self.input_size)
+            outputs.append(out[:, : self.in_channels].to(x.dtype))  # bf16 under autocast; what follows is not
+        return outputs
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

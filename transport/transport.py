@@ -148,10 +148,11 @@ class Transport:
         generator: torch.Generator | None = None,
         t: torch.Tensor | None = None,
         x0: torch.Tensor | None = None,
+        joint: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Denoising loss of each sample; its mean is an unbiased estimate of the loss at uniform t.
 
-        Each level's samples go through the model in one call. With a CPU generator (or times t on the CPU) the
+        Each level's samples go through the model together. With a CPU generator (or times t on the CPU) the
         split is known on the host, and a GPU is never waited for.
 
         Args:
@@ -161,6 +162,7 @@ class Transport:
             generator: source of t and x0 where they are not given
             t:         (N,) times in the training interval
             x0:        (N, ...) noise
+            joint:     call the model once, with lists of one group per level, levels without samples included
 
         Returns:
             "loss" (N,): mean squared error over the dimensions, weighted; "level" (N,) and "t" (N,).
@@ -174,23 +176,24 @@ class Transport:
         if x0 is None:
             x0 = self.noise.sample(x1.shape, generator, x1.device, x1.dtype)
         level = self.schedule.level_at(t)
-        order, losses = [], []
-        for index in range(self.schedule.num_levels):
-            members = torch.nonzero(level == index).flatten()
-            if len(members):
-                times, members = t[members].to(x1.device, x1.dtype), members.to(x1.device)
-                labels = None if y is None else y[members]
-                order.append(members)
-                losses.append(self._loss(model, x1[members], x0[members], times, labels, index))
+        groups = [torch.nonzero(level == index).flatten() for index in range(self.schedule.num_levels)]
+        levels = [index for index, members in enumerate(groups) if joint or len(members)]
+        order = [groups[index].to(x1.device) for index in levels]
+        times = [t[groups[index]].to(x1.device, x1.dtype) for index in levels]
+        labels = [None if y is None else y[members] for members in order]
+        ends = [(x0[members], x1[members]) for members in order]
+        points = [self.path.interpolate(*pair, time) for pair, time in zip(ends, times, strict=True)]
+        if joint:
+            outputs = model(points, times, y=labels, level=levels)
+        else:
+            calls = zip(points, times, labels, levels, strict=True)
+            outputs = [model(point, time, y=label, level=index) for point, time, label, index in calls]
+        losses = [self._loss(output, *pair, time) for output, pair, time in zip(outputs, ends, times, strict=True)]
         loss = torch.cat(losses)[torch.cat(order).argsort()]
         return {"loss": loss, "level": level.to(x1.device), "t": t.to(x1.device)}
 
-    def _loss(
-        self, model: Model, x1: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, level: int
-    ) -> torch.Tensor:
-        c = self.path.coefficients(like(t, x1))
-        output = model(c.alpha * x1 + c.sigma * x0, t, y=y, level=level)
-        a, b, scale = row(self.prediction, c)
+    def _loss(self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, b, scale = row(self.prediction, self.path.coefficients(like(t, x1)))
         error = scale * output - (a * x1 + b * x0)
         return error.square().flatten(1).mean(1) * self.weight(t)
 
