@@ -98,6 +98,28 @@ def test_a_wrong_number_of_generators_is_refused(count: int):
         randn((3, 2), sample_generators(0, range(count)))
 
 
+@pytest.mark.parametrize("generators", [torch.Generator(), sample_generators(0, range(3))])
+def test_numbers_go_to_a_gpu_from_pinned_memory(monkeypatch, generators):
+    """No GPU is needed: what is asked of torch is recorded."""
+    pinned, moved = [], []
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x)
+        return x.clone()
+
+    def to(x: torch.Tensor, device: str, non_blocking: bool = False) -> torch.Tensor:
+        moved.append((device, non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    x = randn((3, 2), generators, "cuda:0")
+    assert moved == [("cuda:0", True)]
+    torch.testing.assert_close(x, pinned[0], atol=0, rtol=0)
+    assert randn((3, 2), generators, "cpu").shape == (3, 2)
+    assert len(pinned) == 1
+
+
 def test_signs_are_fair_and_belong_to_their_sample():
     x = torch.empty(64, 500, dtype=torch.float64)
     signs = rademacher(x, sample_generators(0, range(64)))

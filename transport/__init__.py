@@ -5,7 +5,14 @@ from transport.noise import GaussianNoise, randn, sample_generators
 from transport.paths import PATHS
 from transport.sampler import DIFFUSION_FORMS, LAST_STEPS, Sampler, bits_per_dim
 from transport.schedule import Interval, PatchSchedule
-from transport.solvers import ADAPTIVE_METHODS, FIXED_METHODS, ODE_METHODS, SDE_METHODS
+from transport.solvers import (
+    ADAPTIVE_METHODS,
+    FIXED_METHODS,
+    NOISE_TO_DATA_METHODS,
+    ODE_METHODS,
+    SDE_METHODS,
+    check_ode_method,
+)
 from transport.transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "FIXED_METHODS",
     "LAST_STEPS",
     "LOSS_WEIGHTS",
+    "NOISE_TO_DATA_METHODS",
     "ODE_METHODS",
     "PATHS",
     "PREDICTIONS",
@@ -25,6 +33,7 @@ __all__ = [
     "Sampler",
     "Transport",
     "bits_per_dim",
+    "check_ode_method",
     "create_transport",
     "randn",
     "sample_generators",

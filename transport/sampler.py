@@ -11,7 +11,7 @@ import torch
 from transport.noise import Generator, rademacher
 from transport.paths import like
 from transport.schedule import Interval
-from transport.solvers import solve_ode, solve_sde
+from transport.solvers import check_ode_method, solve_dpmpp_2m, solve_ode, solve_sde
 from transport.transport import Model, Transport
 
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -51,7 +51,7 @@ class Sampler:
         Args:
             model:     network, guided or not
             x0:        (N, ...) noise; with reverse, data
-            method:    a torchdiffeq method
+            method:    one of ODE_METHODS
             num_steps: steps of a fixed-step method over the whole way, or one number per level
             atol:      absolute tolerance of an adaptive method
             rtol:      relative tolerance of an adaptive method
@@ -62,17 +62,23 @@ class Sampler:
             (N, ...) data, or noise with reverse.
 
         Raises:
-            ValueError: if the method is unknown, there are fewer steps than intervals, or the levels do not match.
+            ValueError: if the method is unknown or does not go this way, there are fewer steps than intervals, or the
+                levels do not match.
             FloatingPointError: if an adaptive method fails.
         """
+        check_ode_method(method, noise_to_data=not reverse)
         start, stop = self.transport.sample_interval
         if reverse:
             start, stop = stop, start
-        x = x0 * self._boundary(start, x0)
+        x = x0 * self._boundary(start)
         for interval, steps in self._plan(model, start, stop, num_steps):
-            field = self._velocity(model, interval, y)
-            x = solve_ode(field, x, interval.start, interval.stop, method, steps, atol, rtol)
-        return x / self._boundary(stop, x0)
+            if method == "dpmpp_2m":
+                data = self._estimate(model, interval, y, "data")
+                x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma)
+            else:
+                velocity = self._estimate(model, interval, y, "velocity")
+                x = solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol)
+        return x / self._boundary(stop)
 
     # -- SDE -----------------------------------------------------------------------------------------------------
 
@@ -113,23 +119,22 @@ class Sampler:
             ValueError: if a name is unknown, a number is out of range, or the last step crosses a level edge.
         """
         start, stop = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
-        x = x0 * self._boundary(start, x0)
+        x = x0 * self._boundary(start)
         plan = self._plan(model, start, stop, num_steps, reserve=0 if last_step is None else 1)
         for interval, steps in plan:
             drift = self._sde_drift(model, interval, y, diffusion_form, diffusion_norm)
             diffusion = partial(self.diffusion, form=diffusion_form, norm=diffusion_norm)
             x = solve_sde(drift, diffusion, x, interval.start, interval.stop, method, steps, generator)
         if last_step is None:
-            return x / self._boundary(stop, x0)
+            return x / self._boundary(stop)
 
         finest = self.transport.schedule.intervals(stop, 1.0, getattr(model, "breakpoints", ()))[0]
-        t = torch.as_tensor(stop, dtype=x.dtype, device=x.device)
+        t = torch.full((), stop, dtype=x.dtype, device=x.device)
         if last_step == "Mean":
             return x + last_step_size * self._sde_drift(model, finest, y, diffusion_form, diffusion_norm)(t, x)
         if last_step == "Euler":
-            return x + last_step_size * self._velocity(model, finest, y)(t, x)
-        times = t.expand(len(x))
-        return self.transport.convert(self._network(model, finest)(x, times, y=y), x, times, "data")
+            return x + last_step_size * self._estimate(model, finest, y, "velocity")(t, x)
+        return self._estimate(model, finest, y, "data")(t, x)
 
     def diffusion(self, t: torch.Tensor, form: str, norm: float = 1.0) -> torch.Tensor:
         """The diffusion coefficient w_t (SiT, table 2), of the shape of t."""
@@ -207,7 +212,7 @@ class Sampler:
             model:      network, differentiable in x
             x1:         (N, ...) data
             y:          (N,) class ids
-            method:     a torchdiffeq method; num_steps, atol and rtol as in sample_ode
+            method:     one of ODE_METHODS but dpmpp_2m; num_steps, atol and rtol as in sample_ode
             num_probes: probes averaged for the divergence
             generator:  source of the probes: one generator, or one per sample
 
@@ -217,26 +222,27 @@ class Sampler:
         Raises:
             ValueError: as sample_ode, or if num_probes is below 1.
         """
+        check_ode_method(method, noise_to_data=False)
         if num_probes < 1:
             raise ValueError(f"num_probes must be at least 1, got {num_probes}")
         transport, dimensions = self.transport, x1[0].numel()
         stop, start = transport.sample_interval  # from data to noise
         probes = [rademacher(x1, generator) for _ in range(num_probes)]
 
-        x = x1 * self._boundary(start, x1)
+        x = x1 * self._boundary(start)
         change = torch.zeros(len(x1), dtype=x1.dtype, device=x1.device)  # of the log-density, from noise to data
         for interval, steps in self._plan(model, start, stop, num_steps):
             field = self._velocity_and_divergence(model, interval, y, probes)
             x, change = solve_ode(field, (x, change), interval.start, interval.stop, method, steps, atol, rtol)
-        alpha, sigma = self._boundary(start, x1), self._boundary(stop, x1)
+        alpha, sigma = self._boundary(start), self._boundary(stop)
         x0 = x / sigma
-        log_prob = transport.noise.log_prob(x0) + change + dimensions * (torch.log(alpha) - torch.log(sigma))
+        log_prob = transport.noise.log_prob(x0) + change + dimensions * math.log(alpha / sigma)
         return log_prob, x0
 
     def _velocity_and_divergence(
         self, model: Model, interval: Interval, y: torch.Tensor | None, probes: list[torch.Tensor]
     ):
-        velocity_at = self._velocity(model, interval, y)
+        velocity_at = self._estimate(model, interval, y, "velocity")
 
         def field(t: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.enable_grad():
@@ -266,19 +272,25 @@ class Sampler:
             return model.on_interval(interval)
         return partial(model, level=interval.level)
 
-    def _velocity(self, model: Model, interval: Interval, y: torch.Tensor | None):
+    def _estimate(self, model: Model, interval: Interval, y: torch.Tensor | None, target: str):
+        """The network's velocity or data, as a function (0-d time, x) of one interval."""
         network, transport = self._network(model, interval), self.transport
 
-        def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def estimate(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             times = t.to(x.dtype).expand(len(x))
-            return transport.convert(network(x, times, y=y), x, times, "velocity")
+            return transport.convert(network(x, times, y=y), x, times, target)
 
-        return velocity
+        return estimate
 
-    def _boundary(self, end: float, x: torch.Tensor) -> torch.Tensor:
-        """What multiplies noise at the noisy end of the interval, and data at the clean end: sigma or alpha (0-d)."""
-        c = self.transport.path.coefficients(torch.tensor(end, dtype=torch.float64))
-        return (c.sigma if end < 0.5 else c.alpha).to(x.device, x.dtype)
+    def _alpha_sigma(self, t: float) -> tuple[float, float]:
+        """The path's factors as numbers: computed on the host, so that no GPU is waited for."""
+        c = self.transport.path.coefficients(torch.tensor(t, dtype=torch.float64, device="cpu"))
+        return c.alpha.item(), c.sigma.item()
+
+    def _boundary(self, end: float) -> float:
+        """What multiplies noise at the noisy end of the interval, and data at the clean end: sigma or alpha."""
+        alpha, sigma = self._alpha_sigma(end)
+        return sigma if end < 0.5 else alpha
 
 
 def bits_per_dim(log_prob: torch.Tensor, dimensions: int) -> torch.Tensor:
