@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.nn as nn
 
+from layouts import check_tensors
 from train_utils import UserError, complete_file, user_input
 
 PARTS = {"model", "ema", "opt", "config", "step"}
@@ -158,7 +160,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 # What may change when a run is continued; everything else would make it another run.
 FREE_TO_CHANGE = {
     "epochs", "max_steps", "results_dir", "run_dir", "ckpt", "num_workers", "log_every", "ckpt_every", "sample_every",
-    "keep_last", "keep_every", "cfg_scales", "cfg_channels", "cfg_interval", "wandb",
+    "keep_last", "keep_every", "cfg_scales", "cfg_channels", "cfg_interval", "wandb", "shard",
+    "compile", "activation_checkpointing", "joint_levels",
 }  # fmt: skip
 
 
@@ -205,6 +208,18 @@ def continue_from(source: Path, args: argparse.Namespace, given: set[str]) -> di
             )
         setattr(args, name, value)
     return checkpoint
+
+
+def load_networks(checkpoint: dict[str, Any], source: Path, **networks: nn.Module) -> None:
+    """Give networks the weights of the checkpoint's parts of the same names.
+
+    Raises:
+        UserError: if they do not fit; the message names the tensors.
+    """
+    with user_input():
+        for part, network in networks.items():
+            check_tensors(checkpoint[part], network.state_dict(), f"{source}: {part}")
+            network.load_state_dict(checkpoint[part])
 
 
 def make_run_dir(args: argparse.Namespace) -> Path:

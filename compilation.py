@@ -1,10 +1,10 @@
-"""torch.compile for a model: one graph per level, whatever the number of samples."""
+"""Faster calls of the same network: one compiled graph per level, and one CUDA graph per level and batch size."""
 
 from __future__ import annotations
 
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -55,6 +55,51 @@ class _BlockGraphs:
             named = " + ".join(map(str, tokens))
             self.tell(f"compiled a block for {named} tokens in {time.perf_counter() - start:.1f} s")
         return [output[:size] for output, size in zip(outputs, sizes, strict=True)]
+
+
+def replay_levels(model: PyramidalPatchDiT) -> None:
+    """Record a model's evaluations as CUDA graphs, in place: each is launched at once instead of kernel by kernel.
+
+    There is one graph for each level and batch size. Calls with gradients, or of several levels, are made as before. A
+    copy of each graph's inputs and outputs stays on the device. Compile a model before, not after.
+    """
+    model.forward = _ReplayedForward(model.forward)
+
+
+class _ReplayedForward:
+    def __init__(self, forward: Callable) -> None:
+        self.forward = forward
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int | Sequence[int] = 0
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """As PyramidalPatchDiT.forward."""
+        if torch.is_grad_enabled() or isinstance(level, Sequence):
+            return self.forward(x, t, y, level=level)
+        key = (level, x.shape, x.dtype, torch.is_autocast_enabled("cuda"))
+        if key not in self.graphs:
+            self.graphs[key] = self._record([x, t, y], level)
+        graph, inputs, output = self.graphs[key]
+        for buffer, value in zip(inputs, (x, t, y), strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        return output.clone()  # the next replay writes where this one did
+
+    def _record(
+        self, inputs: list[torch.Tensor], level: int
+    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+        inputs = [tensor.clone() for tensor in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, picks kernels and takes workspaces, which a recording must not
+            for _ in range(3):
+                self.forward(*inputs, level=level)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.forward(*inputs, level=level)
+        return graph, inputs, output
 
 
 def _padded(tensor: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ guided = ClassifierFreeGuidance(model, scales=(4.0,), null_class=model.num_class
 y = torch.tensor([0])
 x0 = torch.randn(len(y), model.in_channels, *model.input_size)
 with torch.no_grad():
-    x1 = Sampler(transport).sample_ode(guided, x0, method="heun2", num_steps=50, y=y)
+    x1 = Sampler(transport).sample_ode(guided, x0, num_steps=50, y=y)
 ```
 """
 

@@ -75,7 +75,7 @@ def build_parser() -> ArgumentParser:
         if mode == "SDE":
             add_sde_args(command)
             continue
-        add_ode_args(command, default="heun2; dopri5 with tolerances 1e-5 for --likelihood")
+        add_ode_args(command, default="ab2; dopri5 with tolerances 1e-5 for --likelihood")
         given = command.add_argument_group("given images")
         given.add_argument("--likelihood", action="store_true", help="bits per dimension of images in --data-path")
         given.add_argument("--reverse", action="store_true", help="turn images of --data-path into noise and back")
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} has no effect {relation} {wanted}")
         if args.likelihood and not args.sampling_method and not args.num_sampling_steps:
             args.sampling_method, args.atol, args.rtol = "dopri5", args.atol or 1e-5, args.rtol or 1e-5
-    check_solver_args(parser, args)
+    check_solver_args(parser, args, noise_to_data=not given_images)
     if args.cfg_scales is None:
         args.cfg_scales = [1.0 if given_images else 4.0]
     return args
@@ -153,7 +153,7 @@ def timed_samples(
     images, indices = [], range(len(labels))
     with tqdm(unit="evaluation", desc="sampling", leave=False) as progress, use_precision(args.precision, device):
         counter = EvaluationCounter(trained.model, progress)
-        warm_up(trained, args, device)
+        warm_up(trained, args, min(args.batch_size, len(labels)), device)
         start = time.perf_counter()
         for first in range(0, len(labels), args.batch_size):
             batch = slice(first, first + args.batch_size)
@@ -166,12 +166,15 @@ def timed_samples(
     return images, (counter.nfe(len(labels)), counter.gmacs(len(labels)), seconds)
 
 
-def warm_up(trained: TrainedModel, args: argparse.Namespace, device: torch.device) -> None:
-    """One evaluation of each level, so that the first one's set-up is not timed."""
-    model = trained.model
-    x = torch.zeros(1, model.in_channels, *model.input_size, device=device)
+@torch.no_grad()
+def warm_up(trained: TrainedModel, args: argparse.Namespace, batch_size: int, device: torch.device) -> None:
+    """One evaluation of each level, so that compilation and the first one's set-up are not timed."""
+    model, guidance = trained.model, guided(trained.model, args)
     for level in range(model.num_levels):
-        model(x, x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device), level=level)
+        # A recorded graph is for one batch size; everything else is ready after a single sample.
+        rows = batch_size * (2 if guidance.scale_at(level) != 1 else 1) if args.cuda_graphs else 1
+        x = torch.zeros(rows, model.in_channels, *model.input_size, device=device)
+        model(x, x.new_zeros(rows), torch.zeros(rows, dtype=torch.long, device=device), level=level)
 
 
 def given_images(

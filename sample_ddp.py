@@ -129,7 +129,7 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     if file.exists():
         stored = json.loads(file.read_text())
         for name in sorted(settings.keys() | stored.keys()):
-            if settings.get(name) != stored.get(name):
+            if (settings.get(name) or None) != (stored.get(name) or None):  # a flag that was not known then is off
                 raise ValueError(
                     f"{folder} holds samples with {name} {stored.get(name)}, not {settings.get(name)}: "
                     f"choose another --sample-dir, or remove that folder"
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.mode == "ODE" and args.num_probes and not args.likelihood:
         parser.error("--num-probes has no effect without --likelihood")
-    check_solver_args(parser, args)
+    check_solver_args(parser, args, noise_to_data=not (args.mode == "ODE" and args.likelihood))
     if args.tf32 is not None:
         if args.precision is not None:
             parser.error("--tf32 and --precision say the same: give one of them")

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, Scaling, load_autoencoder
+from compilation import compile_levels, replay_levels
 from download import load_pretrained
 from models import PyramidalPatchDiT, canonical_name
 from train_utils import (
@@ -34,10 +35,12 @@ from transport import (
     SDE_METHODS,
     Sampler,
     Transport,
+    check_ode_method,
     create_transport,
     sample_generators,
 )
 
+CHEAP_METHODS = ("ab2", "dpmpp_2m", "euler")  # one evaluation a step
 SAMPLES, LABELS, PROBES = 7, 8, 10  # streams of random numbers; the others are in data.py and train.py
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -57,15 +60,22 @@ def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: st
         "--vae", type=some_text, help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)"
     )
     group.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
-    group.add_argument("--precision", choices=PRECISIONS, help="(default: tf32 on CUDA, fp32 on the CPU)")
+    group.add_argument("--precision", choices=PRECISIONS,
+                       help="of the network; the solver's is fp32 (default: tf32 on CUDA, fp32 on the CPU)")  # fmt: skip
+    group.add_argument("--compile", action="store_true",
+                       help="compile the network first: one graph per level, faster after seconds of waiting for it")  # fmt: skip
+    group.add_argument("--cuda-graphs", action="store_true",
+                       help="replay each evaluation as one CUDA graph: for small batches, whose kernels are short")  # fmt: skip
     add_level_edges(group)
     add_cfg_args(parser, cfg_scale, cfg_note)
 
 
-def add_ode_args(parser: ArgumentParser, default: str = "heun2") -> None:
+def add_ode_args(parser: ArgumentParser, default: str = "ab2") -> None:
     """The ODE solver's flags; `default` says which method is."""
     group = parser.add_argument_group("ODE solver")
-    group.add_argument("--sampling-method", choices=ODE_METHODS, help=f"a torchdiffeq method (default: {default})")
+    group.add_argument("--sampling-method", choices=ODE_METHODS, metavar="METHOD",
+                       help="one evaluation a step: ab2 (Adams-Bashforth), dpmpp_2m (DPM-Solver++(2M)), euler; more: "
+                       f"{', '.join(method for method in ODE_METHODS if method not in CHEAP_METHODS)} (default: {default})")  # fmt: skip
     group.add_argument("--num-sampling-steps", type=positive_int, nargs="+", metavar="STEPS",
                        help="steps of a fixed-step method, over all or one number per level (default: 50)")  # fmt: skip
     group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive method (default: 1e-6)")
@@ -85,14 +95,22 @@ def add_sde_args(parser: ArgumentParser) -> None:
     group.add_argument("--last-step-size", type=positive_float, help="length of the last step in t (default: 0.04)")
 
 
-def check_solver_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse solver flags that would have no effect, and fill in those that were left out."""
+def check_solver_args(parser: ArgumentParser, args: argparse.Namespace, noise_to_data: bool = True) -> None:
+    """Refuse solver flags that cannot work or would have no effect, and fill in those that were left out.
+
+    Args:
+        noise_to_data: whether samples are all that is asked for, rather than a likelihood or the way back
+    """
     if args.mode == "SDE":
         if args.last_step is None and args.last_step_size is not None:
             parser.error("--last-step-size has no effect with --last-step None: leave it out")
         args.last_step_size = args.last_step_size or 0.04
         return
-    args.sampling_method = args.sampling_method or "heun2"
+    args.sampling_method = args.sampling_method or "ab2"
+    try:
+        check_ode_method(args.sampling_method, noise_to_data)
+    except ValueError as error:
+        parser.error(str(error))
     adaptive = is_adaptive(args)
     if adaptive and args.num_sampling_steps:
         parser.error(f"--num-sampling-steps has no effect with {args.sampling_method}, which chooses its own steps")
@@ -137,9 +155,13 @@ class TrainedModel:
 def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """The network of --ckpt (or the published one of --model), its transport and its autoencoder.
 
+    The network is as --precision, --compile and --cuda-graphs ask for: what is called under `use_precision`.
+
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.
     """
+    if args.cuda_graphs and device.type != "cuda":
+        raise ValueError("--cuda-graphs needs a CUDA device: leave it out")
     source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
     pretrained = load_pretrained(source, weights=args.weights)
     model = pretrained.model
@@ -166,6 +188,13 @@ def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel
     check_claims({"--image-size": (args.image_size, trained.image_size[0])}, source)
     if trained.image_channels not in (1, 3):
         raise ValueError(f"{source} makes {trained.image_channels} channels, which no picture holds: give --vae")
+    if args.precision == "bf16":
+        model.blocks.bfloat16()  # once, where autocast would at every evaluation; they hold linear layers alone
+    if args.compile:
+        torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
+        compile_levels(model, tell=tqdm.write)
+    if args.cuda_graphs:
+        replay_levels(model)
     return trained
 
 

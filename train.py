@@ -3,8 +3,9 @@
     torchrun --nnodes=1 --nproc_per_node=N train.py --model PPF-XL-2 --data-path /path/to/imagenet/train
     python train.py --model PPF-T-2 --data-path digits --max-steps 1500
 
-One process per GPU under torchrun, or a single one. All random numbers are functions of (seed, step, sample), so a run
-is the same on any number of processes, and the same when it is stopped and continued.
+One process per GPU under torchrun, or a single one; with --shard they divide the model among them. All random numbers
+are functions of (seed, step, sample), so a run is the same on any number of processes, and the same when it is stopped
+and continued.
 
 With --run-dir DIR the same command starts the run in DIR or continues it. SIGTERM and SIGUSR1 end it after the
 current step with a checkpoint and exit code 75; what the user must mend ends it with code 2.
@@ -28,21 +29,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import parallel
 from autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from checkpoints import (
     CheckpointWriter,
     continue_from,
     last_words,
+    load_networks,
     make_run_dir,
     starting_point,
 )
+from compilation import compile_levels
 from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
 from download import initialize_levels, load_pretrained
-from layouts import check_tensors
 from models import PyramidalPatchDiT, canonical_name, create_model
 from preemption import EXIT_PREEMPTED, Preempted, Preemption, outlive_preemption
 from train_utils import (
@@ -125,6 +127,15 @@ def build_parser() -> ArgumentParser:
     training.add_argument("--ema-decay", type=probability, default=0.9999, help="decay of the weights' average")
     training.add_argument("--class-dropout-prob", type=probability, default=0.1, help="labels made null, for guidance")
     training.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
+    training.add_argument("--compile", action="store_true", help="compile the blocks first: faster steps after a minute "
+                          "of waiting; losses change by rounding")  # fmt: skip
+    training.add_argument("--joint-levels", action=argparse.BooleanOptionalAction,
+                          help="all levels' tokens in one pass of the network, or one pass per level; the losses are the "
+                          "same (default: one pass on CUDA and with --shard, one per level on the CPU)")  # fmt: skip
+    training.add_argument("--activation-checkpointing", action="store_true", help="keep only the blocks' inputs for the "
+                          "backward pass: a fraction of the memory for a third more time")  # fmt: skip
+    training.add_argument("--shard", action="store_true", help="divide weights, gradients, moments and EMA among the "
+                          "processes (FSDP2): for what does not fit; the losses stay the same")  # fmt: skip
     training.add_argument("--global-seed", type=natural_int, default=0, help="seed of everything random")
     training.add_argument("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
                           help="data loading processes per rank")  # fmt: skip
@@ -158,6 +169,8 @@ def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
         raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train: give one of them")
+    if args.shard and args.joint_levels is False:
+        raise UserError("--shard passes all levels through the network at once: leave --no-joint-levels out")
     if args.keep_every and not args.keep_last:
         raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
     return args, given
@@ -232,24 +245,6 @@ def build(
 # One step
 
 
-class LossModule(nn.Module):
-    """Model and transport as one module: what DistributedDataParallel wraps, called once per pass."""
-
-    def __init__(self, model: PyramidalPatchDiT, transport: Transport) -> None:
-        super().__init__()
-        self.model = model
-        self.transport = transport
-
-    def forward(self, x1: torch.Tensor, y: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> dict[str, torch.Tensor]:
-        terms = self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0)
-        present = set(self.transport.schedule.level_at(t).tolist())
-        # A level without samples still takes part, with gradient zero: DDP waits for every parameter.
-        absent = [p for level in range(self.model.num_levels) if level not in present
-                  for p in self.model.level_parameters(level)]  # fmt: skip
-        terms["loss"] = terms["loss"] + sum(0.0 * parameter.sum() for parameter in absent)
-        return terms
-
-
 def draw_step(
     step: int, positions: range, shape: Sequence[int], transport: Transport, args: argparse.Namespace
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -288,11 +283,13 @@ def preview(
 ) -> torch.Tensor | None:
     """EMA samples, one row per class, made by all processes together; returned on the main one.
 
-    None there if a process was interrupted by Preempted.
+    None there if Preempted interrupted them. All make the same number, as calls of a sharded network are collective:
+    where the samples do not divide, some are made twice.
     """
     classes = PREVIEW_CLASSES if ema.num_classes == 1000 else range(min(10, ema.num_classes))
     labels = torch.tensor(list(classes)).repeat_interleave(PREVIEW_COLUMNS)
-    mine = torch.arange(processes.rank, len(labels), processes.world_size)
+    share = math.ceil(len(labels) / processes.world_size)
+    mine = (processes.rank + torch.arange(share) * processes.world_size) % len(labels)
     images = []
     with contextlib.suppress(Preempted):
         for indices in mine.split(batch_size):
@@ -304,12 +301,9 @@ def preview(
             y = labels[indices].to(processes.device)
             x1 = Sampler(transport).sample_ode(guided(ema, args), x0, num_steps=PREVIEW_STEPS, y=y)
             images += autoencoder.decode(x1).float().cpu()
-    parts = gather_objects((mine, images), processes)
-    images = [image for _, part in parts for image in part]
-    if len(images) < len(labels):
-        return None
-    order = torch.cat([indices for indices, _ in parts]).argsort().tolist()
-    return torch.stack([images[index] for index in order])
+    parts = gather_objects((mine.tolist(), images), processes)
+    found = {index: image for indices, images in parts for index, image in zip(indices, images, strict=False)}
+    return torch.stack([found[index] for index in range(len(labels))]) if len(found) == len(labels) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,6 +325,8 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         UserError:  if it cannot go on; one of the user's arguments or the disk is why.
     """
     processes = start_processes()
+    if args.shard:
+        parallel.check_shard(processes)
     make_reproducible()
     source, told = on_main(lambda: starting_point(args), processes)
     checkpoint = continue_from(source, args, given) if source else None
@@ -340,27 +336,32 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     device = processes.device
 
     # Model, average, optimizer
-    model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-    )
-    ema.register_forward_pre_hook(preemption.check)  # it is evaluated for previews alone
     start_step = 0
     if checkpoint is not None:
         if (images := checkpoint["config"].get("images", len(dataset))) != len(dataset):
             raise UserError(f"{args.data_path} holds {len(dataset):,} images now, it was {images:,} when the run began")
-        with user_input():
-            for part, network in (("model", model), ("ema", ema)):
-                check_tensors(checkpoint[part], network.state_dict(), f"{source}: {part}")
-                network.load_state_dict(checkpoint[part])
-        optimizer.load_state_dict(checkpoint["opt"])
+        load_networks(checkpoint, source, model=model, ema=ema)
         start_step = checkpoint["step"]
+    model.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        compile_levels(model, tell=lambda line: log and log.text(line))
+    model, ema = (parallel.place(network, processes, args.shard, args.precision) for network in (model, ema))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
+    )
+    if checkpoint is not None:
+        parallel.load_optimizer(optimizer, checkpoint.pop("opt"))
         del checkpoint
-    parallel = LossModule(model, transport)
-    if dist.is_initialized():
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(parallel, device_ids=ids, broadcast_buffers=False)
+    joint = device.type == "cuda" if args.joint_levels is None else args.joint_levels
+    loss = parallel.loss_module(model, transport, processes, joint)
+
+    def stop_preview(*_: object) -> None:
+        """All processes leave at the same call, so that none waits for another."""
+        if parallel.all_reduce(torch.tensor(float(preemption.requested), device=device), dist.ReduceOp.MAX):
+            raise Preempted
+
+    ema.register_forward_pre_hook(stop_preview, prepend=True)  # it is evaluated for previews alone
 
     # Data
     total_steps = args.max_steps or max(1, args.epochs * len(dataset) // args.global_batch_size)
@@ -388,8 +389,9 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
 
     def save(step: int) -> None:
         """Start writing the checkpoint of a step."""
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}
+        state = parallel.full_state(state, processes)
         if log:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}
             writer.save(step, {**state, "config": config, "step": step})
 
     def show(step: int) -> None:
@@ -420,24 +422,22 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         all_terms = []
         for start in range(0, steps.local, micro_batch):
             part = slice(start, start + micro_batch)
-            last = start + micro_batch == steps.local
-            parallel.require_backward_grad_sync = last  # gradients are averaged once per step
+            parallel.synchronize_gradients(loss, start + micro_batch == steps.local)  # once per step
             with use_precision(args.precision, device):
                 x1 = images[part]
                 if dataset.kind == "images":
                     x1 = autoencoder.encode(x1, posterior_generators(args.global_seed, positions[part]))
-                terms = parallel(x1, y[part], t[part], x0[part])
+                terms = loss(x1, y[part], t[part], x0[part])
             (terms["loss"].mean() / args.gradient_accumulation_steps).backward()
             all_terms.append({"loss": terms["loss"].detach().float(), "level": terms["level"]})
         terms = {key: torch.cat([part[key] for part in all_terms]) for key in ("loss", "level")}
         sums[0].index_add_(0, terms["level"], terms["loss"])
         sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"]))
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = parallel.gradient_norm(model)
         # What one process knows and all must agree on, in the step's only look at the device.
         bad_loss = (~terms["loss"].isfinite()).any().float()
         flags = torch.stack([bad_loss, torch.full_like(bad_loss, preemption.requested)])
-        if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        flags = parallel.all_reduce(flags, dist.ReduceOp.MAX)
         grad_norm, bad_loss, preempted = torch.cat([norm[None], flags]).tolist()
         if bad_loss or not math.isfinite(grad_norm):  # before it reaches the weights
             progress.close()
@@ -451,13 +451,14 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, ema_decay_at(step, args.ema_decay))
         done = step + 1
+        if args.compile and log and step == start_step:
+            log.text(f"first step after {time.perf_counter() - mark:.0f} s, compilation included")
         grad_norms, timed_steps = grad_norms + grad_norm, timed_steps + 1
         progress.update(1)
 
         finished = done == total_steps
         if done % args.log_every == 0 or finished:
-            if dist.is_initialized():
-                dist.all_reduce(sums)
+            parallel.all_reduce(sums)
             if log:
                 seconds = time.perf_counter() - mark
                 values = step_metrics(done, sums, grad_norms / timed_steps, optimizer.param_groups[0]["lr"])

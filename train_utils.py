@@ -226,6 +226,11 @@ def start_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that is divided among all (train.py --shard); else the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def broadcast_object(value: Any) -> Any:
     """The main process's value, on every process."""
     if not dist.is_initialized():
@@ -285,7 +290,8 @@ def make_reproducible() -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay ema + (1 - decay) model, in a few kernels for all parameters."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, weights = ([local_part(parameter) for parameter in net.parameters()] for net in (ema, model))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -313,13 +319,17 @@ def not_finite(
         index_of:  a position's index in the dataset
     """
     bad = (~torch.isfinite(terms["loss"])).nonzero().flatten().tolist()
-    mine = [(index_of(positions[i]), positions[i], int(terms["level"][i])) for i in bad]
-    found = [sample for part in gather_objects(mine, processes) for sample in part]
+    samples = [(index_of(positions[i]), positions[i], int(terms["level"][i])) for i in bad]
+    gradients = {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    names = {name for name, gradient in gradients.items() if not gradient.isfinite().all()}
+    parts = gather_objects((samples, names), processes)
+    found = [sample for samples, _ in parts for sample in samples]
     if found:
         samples = ", ".join(f"{index} (position {position}, level {level})" for index, position, level in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         return f"the loss is not finite at step {step} for {len(found)} sample(s) of the dataset: {samples}{more}"
-    bad = {id(p): name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()}
+    names = set().union(*(names for _, names in parts))
+    bad = {id(p): name for name, p in model.named_parameters() if name in names}
     levels = [n for n in range(model.num_levels) if any(id(p) in bad for p in model.level_parameters(n))]
     first = positions.start - processes.rank * len(positions)
     last = first + processes.world_size * len(positions) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import torch
 from conftest import start_script
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from compilation import compile_levels
 from sample import main
 from train import train
 
@@ -157,6 +160,51 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
     assert abs(original - grid[66:132]).max() > 50
 
 
+# -- Faster, and the same pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [[], ["--sampling-method", "dpmpp_2m"]])
+def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path, capsys) -> None:
+    grids = []
+    for steps, flags in (("40", method), ("60", ["--sampling-method", "rk4"])):
+        out = tmp_path / f"{steps}.png"
+        main(["ODE", "--ckpt", str(tiny_run), "--cfg-scales", "1", "--num-sampling-steps", steps, "--out", str(out),
+              *flags])  # fmt: skip
+        grids.append(pixels(out))
+        assert cost(capsys.readouterr().out, "pyramid")[0] == (40 if steps == "40" else 240)
+    assert abs(grids[0] - grids[1]).max() <= 3  # of 255
+
+
+def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
+    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend=counter))
+    torch._dynamo.reset()
+    grids = {}
+    for name, flags in {"plain": [], "compiled": ["--compile"], "bf16": ["--precision", "bf16"],
+                        "both": ["--compile", "--precision", "bf16"]}.items():  # fmt: skip
+        before, out = counter.frame_count, tmp_path / f"{name}.png"
+        main(["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "8", "--class-labels", "1", "2", "3",
+              "--batch-size", "2", "--cfg-scales", "1", "2", "--compare-finest", "--out", str(out), *flags])  # fmt: skip
+        grids[name] = pixels(out)
+        # One graph per level, for batches of 2 and 1, guided or not, also at the finest level alone
+        assert counter.frame_count - before == (2 if "--compile" in flags else 0)
+        assert capsys.readouterr().out.count("compiled a block for") == (2 if "--compile" in flags else 0)
+    assert abs(grids["compiled"] - grids["plain"]).max() <= 1
+    assert 0 < abs(grids["bf16"] - grids["plain"]).max() <= 8
+    assert abs(grids["both"] - grids["plain"]).max() <= 8
+
+
+def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend="aot_eager"))
+    nats = []
+    for flags in ([], ["--compile"]):
+        out = tmp_path / "l.json"
+        main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "3",
+              "--num-probes", "2", "--num-sampling-steps", "4", "--out", str(out), *flags])  # fmt: skip
+        nats.append([record["nats"] for record in json.loads(out.read_text())])
+    assert nats[0] == pytest.approx(nats[1], rel=1e-4)
+
+
 # -- Bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +222,7 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
         ("ODE", ["--num-sampling-steps", "1"], "1 step(s)"),
         ("ODE", ["--num-sampling-steps", "1", "2", "3"], "3 numbers of steps for 2 level(s)"),
         ("ODE", ["--sampling-method", "dopri5", "--num-sampling-steps", "9"], "has no effect with dopri5"),
-        ("ODE", ["--atol", "1e-5"], "has no effect with heun2"),
+        ("ODE", ["--atol", "1e-5"], "has no effect with ab2"),
         ("ODE", ["--likelihood"], "need --data-path"),
         ("ODE", ["--num-probes", "2"], "--num-probes has no effect without --likelihood"),
         ("ODE", ["--likelihood", "--data-path", "digits", "--class-labels", "1"], "--class-labels has no effect"),
@@ -182,6 +230,9 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
         ("ODE", ["--level-edges", "0.5", "0.7"], "give 1 level edge(s)"),
         ("ODE", ["--diffusion-form", "sigma"], "--diffusion-form"),
         ("SDE", ["--likelihood"], "--likelihood"),
+        ("ODE", ["--likelihood", "--data-path", "digits", "--sampling-method", "dpmpp_2m"], "choose ab2"),
+        ("ODE", ["--reverse", "--data-path", "digits", "--sampling-method", "dpmpp_2m"], "choose ab2"),
+        ("ODE", ["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
         ("SDE", ["--last-step", "None", "--last-step-size", "0.1"], "has no effect with --last-step None"),
         ("SDE", ["--level-edges", "0.98"], "would cross the level edge at 0.98"),
         ("SDE", ["--diffusion-form", "increasing-decresing"], "invalid choice"),

@@ -39,7 +39,7 @@ class Sampler:
         self,
         model: Model,
         x0: torch.Tensor,
-        method: str = "heun2",
+        method: str = "ab2",
         num_steps: int | Sequence[int] = 50,
         atol: float = 1e-6,
         rtol: float = 1e-3,
