@@ -40,7 +40,7 @@ from transport import (
     sample_generators,
 )
 
-CHEAP_METHODS = ("ab2", "dpmpp_2m", "euler")  # one evaluation a step
+OTHER_METHODS = [method for method in ODE_METHODS if method not in ("ab2", "dpmpp_2m", "euler")]
 SAMPLES, LABELS, PROBES = 7, 8, 10  # streams of random numbers; the others are in data.py and train.py
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -61,11 +61,13 @@ def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: st
     )
     group.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
     group.add_argument("--precision", choices=PRECISIONS,
-                       help="of the network; the solver's is fp32 (default: tf32 on CUDA, fp32 on the CPU)")  # fmt: skip
-    group.add_argument("--compile", action="store_true",
-                       help="compile the network first: one graph per level, faster after seconds of waiting for it")  # fmt: skip
-    group.add_argument("--cuda-graphs", action="store_true",
-                       help="replay each evaluation as one CUDA graph: for small batches, whose kernels are short")  # fmt: skip
+                       help="of the network; solvers compute in fp32 (default: tf32 on CUDA, else fp32)")  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="compile the blocks first: seconds of waiting, then faster evaluations"
+    )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="launch each evaluation as one CUDA graph: helps small batches"
+    )
     add_level_edges(group)
     add_cfg_args(parser, cfg_scale, cfg_note)
 
@@ -75,7 +77,7 @@ def add_ode_args(parser: ArgumentParser, default: str = "ab2") -> None:
     group = parser.add_argument_group("ODE solver")
     group.add_argument("--sampling-method", choices=ODE_METHODS, metavar="METHOD",
                        help="one evaluation a step: ab2 (Adams-Bashforth), dpmpp_2m (DPM-Solver++(2M)), euler; more: "
-                       f"{', '.join(method for method in ODE_METHODS if method not in CHEAP_METHODS)} (default: {default})")  # fmt: skip
+                       f"{', '.join(OTHER_METHODS)} (default: {default})")  # fmt: skip
     group.add_argument("--num-sampling-steps", type=positive_int, nargs="+", metavar="STEPS",
                        help="steps of a fixed-step method, over all or one number per level (default: 50)")  # fmt: skip
     group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive method (default: 1e-6)")

@@ -127,13 +127,14 @@ def build_parser() -> ArgumentParser:
     training.add_argument("--ema-decay", type=probability, default=0.9999, help="decay of the weights' average")
     training.add_argument("--class-dropout-prob", type=probability, default=0.1, help="labels made null, for guidance")
     training.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
-    training.add_argument("--compile", action="store_true", help="compile the blocks first: faster steps after a minute "
-                          "of waiting; losses change by rounding")  # fmt: skip
+    training.add_argument(
+        "--compile", action="store_true", help="compile the blocks first: a minute of waiting, then faster steps"
+    )
     training.add_argument("--joint-levels", action=argparse.BooleanOptionalAction,
-                          help="all levels' tokens in one pass of the network, or one pass per level; the losses are the "
-                          "same (default: one pass on CUDA and with --shard, one per level on the CPU)")  # fmt: skip
-    training.add_argument("--activation-checkpointing", action="store_true", help="keep only the blocks' inputs for the "
-                          "backward pass: a fraction of the memory for a third more time")  # fmt: skip
+                          help="all levels' tokens in one pass of the network, or one pass per level: the same losses "
+                          "(default: one pass on CUDA and with --shard, one per level on the CPU)")  # fmt: skip
+    training.add_argument("--activation-checkpointing", action="store_true", help="keep only the inputs of blocks for "
+                          "the backward pass: a fraction of the memory, a third more time")  # fmt: skip
     training.add_argument("--shard", action="store_true", help="divide weights, gradients, moments and EMA among the "
                           "processes (FSDP2): for what does not fit; the losses stay the same")  # fmt: skip
     training.add_argument("--global-seed", type=natural_int, default=0, help="seed of everything random")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from conftest import TINY, start_script
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from compilation import compile_levels
 from models import create_model
 from train import draw_step, train
 from train_utils import UserError, complete_file, update_ema
@@ -156,6 +159,36 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), atol=1e-5)
 
 
+def test_faster_and_smaller_steps_have_the_same_losses(tmp_path: Path, monkeypatch) -> None:
+    counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
+    monkeypatch.setattr("train.compile_levels", partial(compile_levels, backend=counter))
+    torch._dynamo.reset()
+    found = {}
+    for flags in ("", "--joint-levels", "--activation-checkpointing", "--compile", "--precision bf16",
+                  "--compile --joint-levels --activation-checkpointing --precision bf16"):  # fmt: skip
+        run_dir = tmp_path / (flags or "plain")
+        # An edge that cuts the batch into whole samples nowhere: the levels' shares change from step to step.
+        train([*TINY, "--level-edges", "0.47", "--max-steps", "5", "--log-every", "1", "--sample-every", "0",
+               "--run-dir", str(run_dir), *flags.split()])  # fmt: skip
+        found[flags] = losses(run_dir)
+        log = (run_dir / "log.txt").read_text()
+        assert ("first step after" in log) == ("--compile" in flags)
+        if flags == "--compile":
+            assert counter.frame_count == 2  # one graph per level
+    assert counter.frame_count == 3  # and one for both at once
+    for flags, values in found.items():
+        np.testing.assert_allclose(values, found[""], rtol=5e-3 if "bf16" in flags else 1e-5, err_msg=flags)
+
+
+def test_a_run_continues_with_other_flags_of_speed(tiny_run: Path, tmp_path: Path) -> None:
+    continued = tmp_path / "continued"
+    shutil.copytree(tiny_run, continued)
+    (continued / "checkpoints" / "0000020.pt").unlink()
+    train([*TINY, "--run-dir", str(continued), "--max-steps", "20", "--log-every", "1", "--joint-levels",
+           "--activation-checkpointing"])  # fmt: skip
+    np.testing.assert_allclose(losses(continued), losses(tiny_run), rtol=1e-4)
+
+
 def test_random_numbers_of_a_step_do_not_depend_on_the_processes() -> None:
     from train import build_parser
 
@@ -277,6 +310,7 @@ def test_unknown_flag_is_an_error_and_not_an_abbreviation(refuses) -> None:
         (["--lr", "inf"], "inf"),
         (["--epochs", "3", "--max-steps", "5"], "give one of them"),
         (["--data-path", ""], "it is empty"),
+        (["--shard", "--no-joint-levels"], "leave --no-joint-levels out"),
     ],
 )
 def test_bad_flags_end_before_training(flags: list[str], words: str, tmp_path: Path, refuses) -> None:
