@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.installed
 	$(BIN)/torchrun --nnodes=1 --nproc_per_node=1 train.py --model PPF-T-2 --data-path digits --run-dir $(RUN) \
 	    --max-steps 1400 --global-batch-size 128 --lr 1e-3 --warmup-steps 50 --ema-decay 0.995 --num-workers 0 \
-	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.5
+	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.5 $(FLAGS)
 	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.5 --samples-per-class 10 --compare-finest \
 	    --out $(RUN)/samples.png
 
@@ -35,6 +35,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.levels --model PPF-B-2 PPF-B-3
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.cost
 
 # Installed once, and again when requirements.txt changes.
 $(VENV)/.installed: requirements.txt

@@ -105,14 +105,13 @@ def loss_module(model: PyramidalPatchDiT, transport: Transport, processes: Proce
     """The training loss as a module whose backward pass averages the gradients of all processes.
 
     Args:
-        joint: all levels in one call of the model; a sharded one is always called so
+        joint: all levels in one call of the model, as a sharded one needs
     """
-    sharded = isinstance(model, FSDPModule)
-    loss = LossModule(model, transport, joint or sharded)
-    if sharded or not dist.is_initialized():
+    loss = LossModule(model, transport, joint)
+    if isinstance(model, FSDPModule) or not dist.is_initialized():
         return loss
     ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
+    return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def synchronize_gradients(loss: nn.Module, enabled: bool) -> None:

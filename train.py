@@ -130,9 +130,8 @@ def build_parser() -> ArgumentParser:
     training.add_argument(
         "--compile", action="store_true", help="compile the blocks first: a minute of waiting, then faster steps"
     )
-    training.add_argument("--joint-levels", action=argparse.BooleanOptionalAction,
-                          help="all levels' tokens in one pass of the network, or one pass per level: the same losses "
-                          "(default: one pass on CUDA and with --shard, one per level on the CPU)")  # fmt: skip
+    training.add_argument("--joint-levels", action=argparse.BooleanOptionalAction, default=True,
+                          help="all levels' tokens in one pass of the network, or a pass per level")  # fmt: skip
     training.add_argument("--activation-checkpointing", action="store_true", help="keep only the inputs of blocks for "
                           "the backward pass: a fraction of the memory, a third more time")  # fmt: skip
     training.add_argument("--shard", action="store_true", help="divide weights, gradients, moments and EMA among the "
@@ -170,7 +169,7 @@ def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
         raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train: give one of them")
-    if args.shard and args.joint_levels is False:
+    if args.shard and not args.joint_levels:
         raise UserError("--shard passes all levels through the network at once: leave --no-joint-levels out")
     if args.keep_every and not args.keep_last:
         raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
@@ -354,8 +353,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     if checkpoint is not None:
         parallel.load_optimizer(optimizer, checkpoint.pop("opt"))
         del checkpoint
-    joint = device.type == "cuda" if args.joint_levels is None else args.joint_levels
-    loss = parallel.loss_module(model, transport, processes, joint)
+    loss = parallel.loss_module(model, transport, processes, args.joint_levels)
 
     def stop_preview(*_: object) -> None:
         """All processes leave at the same call, so that none waits for another."""

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.levels import device_name, open_device
+from benchmarks.timing import add_device_args, default_precision, machine, open_device
 from checkpoints import CheckpointWriter, checkpoint_path
 from models import canonical_name, create_model
-from train_utils import PRECISIONS, ArgumentParser, positive_int, run_script, update_ema, use_precision, user_input
+from train_utils import ArgumentParser, positive_int, run_script, update_ema, use_precision, user_input
 from transport import create_transport
 
 TARGET = 0.05  # stall over write time
@@ -37,15 +37,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--steps", type=positive_int, default=5, help="timed steps without a checkpoint")
     parser.add_argument("--checkpoints", type=positive_int, default=4, help="written; the first one fills the buffers")
     parser.add_argument("--dir", help="where to write (default: the system's folder for temporary files)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
+    add_device_args(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a row for each checkpoint."""
     device = open_device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = default_precision(args.precision, device)
     batch = args.batch_size or (64 if device.type == "cuda" else 2)
     with user_input():
         name = canonical_name(args.model)
@@ -77,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     for _ in range(2):
         step(lambda: None)
     alone = statistics.median(step(lambda: None)[0] for _ in range(args.steps))
-    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; {name}, {precision}, "
-          f"{batch} samples per step; a step alone takes {alone * 1e3:.0f} ms")  # fmt: skip
+    print(f"{machine(device)}; {name}, {precision}, {batch} samples per step; "
+          f"a step alone takes {alone * 1e3:.0f} ms")  # fmt: skip
     print("checkpoint       MB  write s  stall ms  stall/write  steps beside it  ms/step beside it", flush=True)
     with user_input(), tempfile.TemporaryDirectory(dir=args.dir) as folder:
         run_dir = Path(folder)

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.timing import table
 from data import TrainingStream, as_it_is
 from latents import FORMAT, STORAGE, LatentShards, shard_files, shard_name, write_shard
 from train_utils import ArgumentParser, natural_int, positive_int, run_script
@@ -180,14 +181,6 @@ def start(folders: Sequence[Path], args: argparse.Namespace) -> str:
             seconds.append(f"{time.perf_counter() - begin:.2f}")
         lines.append((f"{len(shard_files(folder))} shard(s)", str(len(pickle.dumps(stream))), *seconds))
     return table(lines)
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of text as columns, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn as nn
 
-from models import PyramidalPatchDiT, canonical_name, create_model
-from train_utils import PRECISIONS, ArgumentParser, UserError, positive_int, run_script, use_precision, user_input
+from benchmarks.timing import add_device_args, default_precision, machine, median_seconds, open_device, random_model
+from models import PyramidalPatchDiT, canonical_name
+from train_utils import ArgumentParser, UserError, positive_int, run_script, use_precision, user_input
 
 DEFAULT_MODELS = ("PPF-S-2", "PPF-S-3", "PPF-B-2", "PPF-B-3")
-WARMUP = 2  # calls that are not timed
 BACKWARD_MACS = 3  # of forward and backward, in forward passes: one product becomes three
 
 
@@ -35,8 +30,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--tokens", type=positive_int, help="tokens per call (default: 1024, on CUDA 65536)")
     parser.add_argument("--repeats", type=positive_int, default=11, help="timed calls per level; the median counts")
     parser.add_argument("--backward", action="store_true", help="time forward and backward instead of forward only")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
+    add_device_args(parser)
     return parser
 
 
@@ -58,41 +52,6 @@ class Row:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Timing
-
-
-def open_device(name: str | None) -> torch.device:
-    """The device of that name, or the fastest there is.
-
-    Raises:
-        UserError: if it cannot be used.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """What the machine calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
-    """Duration of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def evaluation(model: PyramidalPatchDiT, level: int, batch: int, precision: str, backward: bool) -> Callable[[], None]:
@@ -126,18 +85,12 @@ def measure(
         raise UserError(f"--tokens {tokens} is no whole number of samples of {text}: give a multiple of "
                         f"{math.lcm(*per_sample)}")  # fmt: skip
     batches = [tokens // number for number in per_sample]
-    calls = [evaluation(model, level, batch, precision, backward) for level, batch in enumerate(batches)]
-    for call in calls * WARMUP:
-        call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats):
-        levels = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
-        for level in levels:
-            seconds[level].append(seconds_of(calls[level], device))
+    calls = {level: evaluation(model, level, batch, precision, backward) for level, batch in enumerate(batches)}
+    seconds = median_seconds(calls, repeats, device)
     factor = BACKWARD_MACS if backward else 1
     return [
-        Row(level, patch, per_sample[level], batch, factor * batch * model.macs(level), statistics.median(taken))
-        for level, (patch, batch, taken) in enumerate(zip(model.patch_sizes, batches, seconds, strict=True))
+        Row(level, patch, per_sample[level], batch, factor * batch * model.macs(level), seconds[level])
+        for level, (patch, batch) in enumerate(zip(model.patch_sizes, batches, strict=True))
     ]
 
 
@@ -164,18 +117,14 @@ def table(rows: Sequence[Row]) -> str:
 def run(args: argparse.Namespace) -> None:
     """Print a table for each model."""
     device = open_device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = default_precision(args.precision, device)
     tokens = args.tokens or (65_536 if device.type == "cuda" else 1024)
     with user_input():
         names = [canonical_name(name) for name in args.model]
     mode = "forward and backward" if args.backward else "forward"
-    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; {mode}, {precision}, "
-          f"{tokens} tokens per call, median of {args.repeats}")  # fmt: skip
+    print(f"{machine(device)}; {mode}, {precision}, {tokens} tokens per call, median of {args.repeats}")  # fmt: skip
     for name in names:
-        torch.manual_seed(0)
-        model = create_model(name).to(device)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.02)  # modulation and heads start at zero, and zeros can be faster
+        model = random_model(name, device)
         print(f"\n{name}\n{table(measure(model, tokens, args.repeats, device, precision, args.backward))}", flush=True)
 
 

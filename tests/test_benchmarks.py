@@ -1,8 +1,9 @@
-"""The benchmarks run, and what they print belongs to the model."""
+"""Levels at equal tokens, and what all benchmarks share."""
 
 import pytest
+import torch
 
-from benchmarks import levels
+from benchmarks import levels, timing
 from models import create_model
 
 
@@ -51,11 +52,11 @@ def test_levels_take_turns_and_the_median_counts(monkeypatch):
         return next(durations)
 
     monkeypatch.setattr(levels, "evaluation", evaluation)
-    monkeypatch.setattr(levels, "seconds_of", seconds_of)
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
     model = create_model("PPF-T-2")
     rows = levels.measure(model, 512, repeats=3, device=None, precision="fp32", backward=False)
-    assert evaluated[: 2 * levels.WARMUP] == [0, 1] * levels.WARMUP
-    assert evaluated[2 * levels.WARMUP :] == [0, 1, 1, 0, 0, 1]
+    assert evaluated[: 2 * timing.WARMUP] == [0, 1] * timing.WARMUP
+    assert evaluated[2 * timing.WARMUP :] == [0, 1, 1, 0, 0, 1]
     assert [row.seconds for row in rows] == [1.5, 2.5]
     assert [row.macs for row in rows] == [8 * model.macs(0), 2 * model.macs(1)]
 
@@ -75,3 +76,29 @@ def test_bad_flags_are_answered_in_one_line(refuses, flags, what, advice):
     line = refuses(levels.main, *flags)
     assert what in line
     assert advice in line
+
+
+# -- Shared --------------------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_is_the_sit_of_the_same_size():
+    assert [timing.baseline(name) for name in ("PPF-B-2", "PPF-XL-3", "SiT-S/8")] == ["SiT-B/2", "SiT-XL/2", "SiT-S/2"]
+
+
+def test_the_peak_is_given_or_the_data_sheets_or_measured(monkeypatch):
+    cpu = torch.device("cpu")
+    assert timing.peak_flops(5.0, "fp32", cpu)[0] == 5e12
+    monkeypatch.setattr(timing, "PEAK_REPEATS", 2)
+    monkeypatch.setattr(timing, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert timing.peak_flops(None, "bf16", cpu) == (989e12, "dense bf16, data sheet")
+    products, seconds = [], iter([0.75, 0.5] * timing.PEAK_REPEATS)
+
+    def seconds_of(call, device):
+        products.append(call().shape)
+        return next(seconds)
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    peak, source = timing.peak_flops(None, "fp32", cpu)
+    rows, columns = products[0]
+    assert peak == 2 * rows * columns * rows / 0.5
+    assert f"{rows}x{columns} matrices in fp32" in source

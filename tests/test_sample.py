@@ -184,7 +184,8 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
                         "both": ["--compile", "--precision", "bf16"]}.items():  # fmt: skip
         before, out = counter.frame_count, tmp_path / f"{name}.png"
         main(["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "8", "--class-labels", "1", "2", "3",
-              "--batch-size", "2", "--cfg-scales", "1", "2", "--compare-finest", "--out", str(out), *flags])  # fmt: skip
+              "--batch-size", "2", "--cfg-scales", "1", "2", "--compare-finest", "--out", str(out),
+              *flags])  # fmt: skip
         grids[name] = pixels(out)
         # One graph per level, for batches of 2 and 1, guided or not, also at the finest level alone
         assert counter.frame_count - before == (2 if "--compile" in flags else 0)

@@ -1,0 +1,222 @@
+"""Training steps that are timed are train.py's, packed rows compute the same losses, and tables belong to the model."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import steps, timing, training
+from benchmarks.memory import in_fresh_process, kept_for_backward, resident
+from benchmarks.packing import DenseMaskPacking
+from benchmarks.steps import Setting, Step
+from benchmarks.timing import random_model
+from models import MODELS, create_model
+from transport import PatchSchedule, create_transport
+
+CPU = torch.device("cpu")
+TINY = {"num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """The tiny models with 2 blocks."""
+    for name in ("SiT-T/2", "PPF-T-2", "PPF-T-3"):
+        monkeypatch.setitem(MODELS[name], "depth", 2)
+
+
+def sections(text):
+    """Printed tables by the first word of their header, as rows by column; and the lines that follow them."""
+    tables, verdicts = {}, []
+    for block in text.strip().split("\n\n")[1:]:
+        header, *lines = block.splitlines()
+        columns = re.split(r"\s{2,}", header)
+        cells = [re.split(r"\s{2,}", line) for line in lines]
+        tables[columns[0]] = [dict(zip(columns, line, strict=True)) for line in cells if len(line) == len(columns)]
+        verdicts += [line for line, cell in zip(lines, cells, strict=True) if len(cell) != len(columns)]
+    return tables, verdicts
+
+
+# -- Packed rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "PPF-T-2", "PPF-T-3"])
+@pytest.mark.parametrize("samples", [8, 5])
+def test_packed_rows_compute_the_same_losses_and_gradients(name, samples):
+    """With 5 samples the rows of coarse levels are not full."""
+    model = random_model(name, CPU, **TINY).double()
+    transport = create_transport(level_edges=PatchSchedule.default(model.num_levels).level_edges)
+    x1, x0 = torch.randn(2, samples, 4, 32, 32, dtype=torch.float64)
+    batch = {
+        "y": torch.arange(samples) % 6,
+        "t": (torch.arange(samples, dtype=torch.float64) + 0.5) / samples,
+        "x0": x0,
+    }
+    ours = transport.training_losses(model, x1, **batch)["loss"]
+    packed = transport.training_losses(DenseMaskPacking(model), x1, **batch, joint=True)["loss"]
+    torch.testing.assert_close(packed, ours, rtol=1e-12, atol=0)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(ours.sum(), parameters, materialize_grads=True)
+    found = torch.autograd.grad(packed.sum(), parameters, materialize_grads=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_rows_are_of_equal_length_and_masked():
+    """Four samples of 64 tokens in a row, each of which sees itself alone; a fine sample is a row."""
+    packing = DenseMaskPacking(create_model("PPF-T-2", **TINY))
+    place, counts = packing._layout([torch.zeros(5, 64, 1), torch.zeros(2, 256, 1)])
+    assert counts == [2, 2]
+    assert place[:, ::64].tolist() == [[0, 1, 2, 3], [4, -1, -1, -1], [5, 5, 5, 5], [6, 6, 6, 6]]
+
+
+# -- Memory --------------------------------------------------------------------------------------------------------
+
+
+def test_kept_storages_count_once_and_parameters_not():
+    weight = torch.nn.Parameter(torch.randn(100, 100))
+    x = torch.randn(10, 100, requires_grad=True)
+
+    def call():
+        hidden = x @ weight  # keeps x, the caller's, and the weight
+        return hidden * hidden.exp(), hidden[:5].sin()  # keeps hidden once, of three uses, and its exponential
+
+    _, kept = kept_for_backward(call, [weight])
+    results = (10 * 100 + 5 * 100) * 4  # which this test holds
+    assert kept - results == 2 * 10 * 100 * 4
+
+
+def test_a_fresh_process_does_not_know_this_ones_memory():
+    ballast = torch.ones(200 * 2**20 // 4)
+    here = resident("VmHWM")
+    assert here > ballast.nbytes
+    assert in_fresh_process(resident, "VmHWM") < here - ballast.nbytes // 2
+    with pytest.raises(RuntimeError, match="ended without an answer"):
+        in_fresh_process(exit, 0)
+
+
+# -- A step --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_an_optimizer_step_of_the_loss():
+    step = Step(Setting("PPF-T-2", 4, CPU, "fp32", "separate"))
+    before = [parameter.detach().clone() for parameter in step.model.parameters()]
+    average = [parameter.clone() for parameter in step.ema.parameters()]
+    reference = random_model("PPF-T-2", CPU)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-4)
+    terms = step.transport.training_losses(reference, step.x1, y=step.y, t=step.t, x0=step.x0)
+    terms["loss"].mean().backward()
+    optimizer.step()
+    step()
+    for parameter, ema, expected, old, old_ema in zip(
+        step.model.parameters(), step.ema.parameters(), reference.parameters(), before, average, strict=True
+    ):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(ema, 0.9999 * old_ema + 1e-4 * parameter)
+        assert torch.equal(old, old_ema)
+    assert step.samples == [2, 2]
+    assert step.macs == 3 * 2 * (reference.macs(0) + reference.macs(1))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_batch_of_one_level(level):
+    step = Step(Setting("PPF-T-3", 4, CPU, "fp32"))
+    step.only_level(level)
+    assert step.samples == [4 * (other == level) for other in range(3)]
+    step.only_level(None)
+    assert step.samples == [2, 1, 1]
+
+
+# -- What is printed -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    """Every call runs once and takes a second."""
+
+    def seconds_of(call, device):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(timing, "WARMUP", 0)
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    monkeypatch.setattr(steps, "in_fresh_process", lambda call, *arguments: call(*arguments))
+
+
+TRAINING = ["--batch-size", "4", "--repeats", "1", "--device", "cpu", "--peak-tflops", "0.01"]
+
+
+def test_the_tables_of_a_step(capsys, one_second):
+    training.main(["--model", "PPF-T-2", "ppf-t-3", *TRAINING, "--sections", "ratio", "levels", "passes"])
+    tables, verdicts = sections(capsys.readouterr().out)
+    models = {name: create_model(name) for name in ("SiT-T/2", "PPF-T-2", "PPF-T-3")}
+    shares = {"SiT-T/2": [1], "PPF-T-2": [0.5, 0.5], "PPF-T-3": [0.5, 0.25, 0.25]}
+    macs = {name: sum(share * model.macs(level) for level, share in enumerate(shares[name]))
+            for name, model in models.items()}  # fmt: skip
+    ratio = tables["step of a mixed batch"]
+    assert [row["step of a mixed batch"] for row in ratio] == list(models)
+    for row, name in zip(ratio, models, strict=True):
+        assert float(row["GMACs"]) == pytest.approx(macs[name] / 1e9, abs=6e-3)
+        assert (row["ms/step"], row["images/s"], row["time/SiT"]) == ("1000.0", "4.0", "1.000")
+        assert float(row["TFLOP/s"]) == pytest.approx(2 * 3 * 4 * macs[name] / 1e12, abs=6e-4)
+        assert float(row["MFU"].rstrip("%")) == pytest.approx(100 * 24 * macs[name] / 1e10, abs=0.06)
+        assert float(row["GMACs/SiT"]) == pytest.approx(macs[name] / macs["SiT-T/2"], abs=6e-4)
+        assert float(row["time/GMACs"]) == pytest.approx(macs["SiT-T/2"] / macs[name], abs=6e-4)
+    assert verdicts[0].startswith("MORE THAN 1.05")
+    for name in ("PPF-T-2", "PPF-T-3"):
+        levels = tables[f"{name}, level"]
+        assert [int(row["tokens"]) for row in levels] == [
+            models[name].num_tokens(level) for level in range(len(levels))
+        ]
+        for level, row in enumerate(levels):
+            assert float(row["GMACs"]) == pytest.approx(models[name].macs(level) / 1e9, abs=6e-3)
+    passes = tables["PPF-T-3, 2+1+1 samples"]
+    separate, joint, packed = (int(row["activations MB"]) for row in passes)
+    assert separate <= joint < packed
+
+
+def test_the_parts_of_a_step(capsys, one_second):
+    training.main(["--model", "PPF-T-2", *TRAINING, "--sections", "parts", "--no-joint-levels"])
+    printed = capsys.readouterr().out
+    assert "levels separate" in printed.splitlines()[0]
+    tables, verdicts = sections(printed)
+    rows = {row["PPF-T-2, part of a step"]: row for row in tables["PPF-T-2, part of a step"]}
+    assert list(rows) == ["forward and backward", "gradient norm", "AdamW", "EMA", "random numbers", "data, 0 workers",
+                          "log, every 100 steps", "all"]  # fmt: skip
+    # A second each, and the log's a hundredth.
+    assert float(rows["all"]["ms"]) == pytest.approx(6010)
+    assert verdicts == [f"besides forward and backward: {5.01 / 6.01:.2%}, MORE THAN 5%"]
+
+
+def test_the_memory_of_models_and_variants(capsys, one_second, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(steps, "compile_levels", compiled.append)
+    training.main(["--model", "PPF-T-2", *TRAINING, "--sections", "memory", "variants", "--compile"])
+    tables, _ = sections(capsys.readouterr().out)
+    memory = tables["memory of a step"]
+    found = {(row["memory of a step"], row["way"]): int(row["activations MB"]) for row in memory}
+    assert list(found) == [("SiT-T/2", "joint"), *(("PPF-T-2", way) for way in ("separate", "joint", "packed"))]
+    assert found["PPF-T-2", "separate"] <= found["PPF-T-2", "joint"] < found["SiT-T/2", "joint"]
+    assert found["SiT-T/2", "joint"] <= found["PPF-T-2", "packed"]
+    kinds = {row["PPF-T-2, variant"]: int(row["activations MB"]) for row in tables["PPF-T-2, variant"]}
+    assert list(kinds) == ["eager", "eager, checkpointing", "compiled", "compiled, checkpointing"]
+    assert kinds["eager"] == found["PPF-T-2", "separate"] > 5 * kinds["eager, checkpointing"]
+    assert len(compiled) == 3  # the step, and the memory of each compiled variant
+
+
+def test_a_profile_names_operators(capsys, one_second):
+    training.main(["--model", "PPF-T-2", *TRAINING, "--sections", "levels", "--profile"])
+    printed = capsys.readouterr().out
+    assert "PPF-T-2, training step: 2 calls" in printed
+    assert "aten::addmm" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--model", "PPF-T-9"], "unknown model"),
+        (["--sections", "all"], "--sections"),
+        (["--peak-tflops", "0"], "not above 0"),
+        (["--device", "abacus"], "cannot be used"),
+    ],
+)
+def test_bad_flags_are_answered_in_one_line(refuses, flags, what):
+    assert what in refuses(training.main, *flags)
