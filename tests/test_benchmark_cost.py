@@ -192,7 +192,7 @@ def test_the_table_follows_from_the_assumptions(capsys):
     [
         (["--shard"], ["FSDP2", "gathered in bf16", "3 forward passes", "all levels in one pass"]),
         (["--activation-checkpointing"], ["DDP", "4 forward passes of the blocks", "one block in full"]),
-        (["--precision", "fp32"], ["one pass per level", "activations in fp32"]),
+        (["--precision", "fp32"], ["all levels in one pass", "activations in fp32"]),
     ],
 )
 def test_assumptions_say_what_was_chosen(capsys, flags, words):
