@@ -37,6 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.levels --model PPF-B-2 PPF-B-3
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.solvers
 	$(BIN)/python -m benchmarks.cost
 
 # Installed once, and again when requirements.txt changes.

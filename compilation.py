@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models import DiTBlock, PyramidalPatchDiT
+from train_utils import UserError
 
 LEAST = 2  # samples of a group: torch.compile makes graphs of their own for 0 and 1
 
@@ -27,6 +28,8 @@ def compile_levels(
     Args:
         backend: of torch.compile
         tell:    is given a line about each graph's start-up time
+
+    The model then raises UserError where a graph cannot be made, as without a compiler.
     """
     graphs = _BlockGraphs(backend, tell)
     for block in model.blocks:
@@ -50,7 +53,11 @@ class _BlockGraphs:
         if first:
             self.graphs[tokens] = torch.compile(_own_code(tokens), backend=self.backend, fullgraph=True)
         start = time.perf_counter()
-        outputs = self.graphs[tokens](block, groups, conditions)
+        try:
+            outputs = self.graphs[tokens](block, groups, conditions)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"--compile failed: {reason}; it needs a C++ compiler, or leave it out") from error
         if first and self.tell is not None:
             named = " + ".join(map(str, tokens))
             self.tell(f"compiled a block for {named} tokens in {time.perf_counter() - start:.1f} s")

@@ -136,6 +136,11 @@ def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp
     return tensor
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process. Collective, and waits for the device unless there is one process."""
+    return flag if not dist.is_initialized() else all_reduce(torch.tensor(float(flag), device=device)).item() > 0
+
+
 def gradient_norm(model: nn.Module) -> torch.Tensor:
     """The 2-norm of all gradients together, a plain scalar that is the same on every process."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -38,11 +38,6 @@ class Preemption:
         """Whether the run should save and end."""
         return self.signal is not None or self._agent not in (None, os.getppid())
 
-    def check(self, *_: object) -> None:
-        """Raise Preempted if the run should end; also a forward hook for what need not be finished."""
-        if self.requested:
-            raise Preempted
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.working:
             os._exit(EXIT_PREEMPTED)

@@ -357,7 +357,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
 
     def stop_preview(*_: object) -> None:
         """All processes leave at the same call, so that none waits for another."""
-        if parallel.all_reduce(torch.tensor(float(preemption.requested), device=device), dist.ReduceOp.MAX):
+        if parallel.any_process(preemption.requested, device):
             raise Preempted
 
     ema.register_forward_pre_hook(stop_preview, prepend=True)  # it is evaluated for previews alone

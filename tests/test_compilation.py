@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from compilation import compile_levels
 from models import PyramidalPatchDiT
+from train_utils import UserError
 from transport import ClassifierFreeGuidance, Sampler, create_transport
 
 
@@ -118,6 +119,16 @@ def test_the_state_dict_and_the_original_stay_as_they_were():
         inputs = random_inputs(model, 3, torch.float32)
         assert torch.equal(compiled(*inputs), torch.zeros_like(inputs[0]))  # today's weights, not those of the start
         assert model(*inputs).abs().max() > 0.1
+
+
+def test_a_compiler_that_fails_is_reported_in_one_line():
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    model = random_model(SQUARE, torch.float32)
+    compile_levels(model, no_compiler)
+    with pytest.raises(UserError, match=r"--compile failed: .*no C\+\+ compiler found.*leave it out"):
+        model(*random_inputs(model, 3, torch.float32))
 
 
 def test_inductor_computes_the_same_and_says_how_long_it_took():

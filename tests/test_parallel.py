@@ -78,9 +78,9 @@ def needs_streams() -> None:
 
 @pytest.fixture(scope="module")
 def ddp_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of two DDP processes, and a preview."""
+    """Six steps of two DDP processes with a pass for each level that a process has samples of, and a preview."""
     run_dir = tmp_path_factory.mktemp("runs") / "ddp"
-    torchrun(2, "--run-dir", run_dir)
+    torchrun(2, "--no-joint-levels", "--run-dir", run_dir)
     return run_dir
 
 
@@ -175,7 +175,7 @@ def test_gradients_are_averaged_once_per_step(shard: bool, passes: int, two_proc
         needs_streams()
     model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10)
     model = parallel.place(model, two_processes, shard, "fp32")
-    loss = parallel.loss_module(model, create_transport(level_edges=(0.5,)), two_processes)
+    loss = parallel.loss_module(model, create_transport(level_edges=(0.5,)), two_processes, joint=shard)
     reductions = []
     if not shard:
 
