@@ -56,7 +56,7 @@ class _BlockGraphs:
         try:
             outputs = self.graphs[tokens](block, groups, conditions)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             raise UserError(f"--compile failed: {reason}; it needs a C++ compiler, or leave it out") from error
         if first and self.tell is not None:
             named = " + ".join(map(str, tokens))

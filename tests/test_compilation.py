@@ -102,7 +102,7 @@ def test_checkpointed_blocks_compile():
 
 def test_more_levels_than_dynamos_limit_of_graphs():
     sizes = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
-    model, compiled, counter = pair(patch_sizes=sizes, depth=1)
+    model, compiled, counter = pair("eager", patch_sizes=sizes, depth=1)
     for level in range(len(sizes)):
         for grad in (True, False):
             with torch.set_grad_enabled(grad):

@@ -50,7 +50,7 @@ def test_grid_has_a_row_for_each_class_and_a_report(tiny_run: Path, tmp_path: Pa
           "--num-sampling-steps", "10", "--cfg-scales", "2", "--out", str(out)])  # fmt: skip
     assert Image.open(out).size == (5 * 66 + 2, 3 * 66 + 2)
     nfe, _ = cost(capsys.readouterr().out, "pyramid")
-    assert nfe == 40  # ten steps of two evaluations, each on the label and on the null label
+    assert nfe == 20  # ten steps, each on the label and on the null label
 
 
 def test_cost_counts_evaluations_and_macs_of_each_level(tiny_run: Path, tmp_path: Path, capsys) -> None:
