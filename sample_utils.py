@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,7 +195,7 @@ def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel
         model.blocks.bfloat16()  # once, where autocast would at every evaluation; they hold linear layers alone
     if args.compile:
         torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
-        compile_levels(model, tell=tqdm.write)
+        compile_levels(model, tell=tqdm.write if int(os.environ.get("RANK", 0)) == 0 else None)
     if args.cuda_graphs:
         replay_levels(model)
     return trained
