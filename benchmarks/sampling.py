@@ -56,7 +56,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     parser.add_argument("--batch-size", type=positive_int, help="images at a time (default: 4, on CUDA 64)")
     parser.add_argument("--steps", type=positive_int, help="of the solver (default: 4, on CUDA 50)")
-    parser.add_argument("--method", default="heun2", help="a torchdiffeq method")
+    parser.add_argument("--method", default="heun2", help="of the ODE, as sample.py --sampling-method")
     parser.add_argument("--repeats", type=positive_int, default=5, help="timed calls of each kind; the median counts")
     parser.add_argument("--compile", action="store_true", help="compile the blocks in `speed` and `precision`")
     parser.add_argument("--cuda-graphs", action="store_true", help="and launch evaluations as CUDA graphs there")
