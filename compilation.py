@@ -31,6 +31,8 @@ def compile_levels(
 
     The model then raises UserError where a graph cannot be made, as without a compiler.
     """
+    # Under DDP graphs would be cut at its buckets, so that reducing can begin; with a graph per block it can anyway.
+    torch._dynamo.config.optimize_ddp = False
     graphs = _BlockGraphs(backend, tell)
     for block in model.blocks:
         block.forward = partial(graphs, block)
