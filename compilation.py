@@ -59,7 +59,8 @@ class _BlockGraphs:
             outputs = self.graphs[tokens](block, groups, conditions)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
-            raise UserError(f"--compile failed: {reason}; it needs a C++ compiler, or leave it out") from error
+            hint = "install one, or leave it out" if "ompiler" in reason else "leave it out"
+            raise UserError(f"--compile failed: {reason}; {hint}") from error
         if first and self.tell is not None:
             named = " + ".join(map(str, tokens))
             self.tell(f"compiled a block for {named} tokens in {time.perf_counter() - start:.1f} s")
@@ -69,8 +70,8 @@ class _BlockGraphs:
 def replay_levels(model: PyramidalPatchDiT) -> None:
     """Record a model's evaluations as CUDA graphs, in place: each is launched at once instead of kernel by kernel.
 
-    There is one graph for each level and batch size. Calls with gradients, or of several levels, are made as before. A
-    copy of each graph's inputs and outputs stays on the device. Compile a model before, not after.
+    There is one graph for each level and batch size. Calls with gradients, or of several levels, are made as before.
+    The graphs share the memory of their activations, which stays taken. Compile a model before, not after.
     """
     model.forward = _ReplayedForward(model.forward)
 
@@ -78,6 +79,7 @@ def replay_levels(model: PyramidalPatchDiT) -> None:
 class _ReplayedForward:
     def __init__(self, forward: Callable) -> None:
         self.forward = forward
+        self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they are replayed one after the other
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
 
     def __call__(
@@ -106,7 +108,7 @@ class _ReplayedForward:
                 self.forward(*inputs, level=level)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             output = self.forward(*inputs, level=level)
         return graph, inputs, output
 

@@ -110,8 +110,9 @@ def loss_module(model: PyramidalPatchDiT, transport: Transport, processes: Proce
     loss = LossModule(model, transport, joint)
     if isinstance(model, FSDPModule) or not dist.is_initialized():
         return loss
-    ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.6
+    # No device_ids: with them DDP would move the times, which stay on the host so that no GPU is waited for.
+    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def synchronize_gradients(loss: nn.Module, enabled: bool) -> None:

@@ -221,7 +221,10 @@ def likelihood(args: argparse.Namespace, trained: TrainedModel, dataset: AnyData
         temporary.write_text(json.dumps([dict(zip(keys, record, strict=True)) for record in records], indent=1) + "\n")
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else float("nan")
     print(f"{len(bits)} images of {args.data_path}: {bits.mean():.4f} +- {error:.4f} bits per dimension ({out})")
-    print(f"mean log-density {log_prob.mean():.2f} nats; NFE {counter.nfe(len(bits)):.1f}, {seconds:.2f} s")
+    print(
+        f"mean log-density {log_prob.mean():.2f} nats; NFE {counter.nfe(len(bits)):.1f}, {seconds:.2f} s"
+        f"{' (compilation included)' if args.compile else ''}"
+    )
 
 
 def there_and_back(args: argparse.Namespace, trained: TrainedModel, dataset: AnyDataset, device: torch.device) -> None:

@@ -57,6 +57,7 @@ from transport import Sampler, sample_generators
 
 # Flags that do not change what sample i looks like.
 NOT_SETTINGS = {"sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size",
+                "compile", "cuda_graphs",
                 "num_classes", "vae"}  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     if file.exists():
         stored = json.loads(file.read_text())
         for name in sorted(settings.keys() | stored.keys()):
-            if (settings.get(name) or None) != (stored.get(name) or None):  # a flag that was not known then is off
+            if settings.get(name) != stored.get(name):
                 raise ValueError(
                     f"{folder} holds samples with {name} {stored.get(name)}, not {settings.get(name)}: "
                     f"choose another --sample-dir, or remove that folder"

@@ -158,7 +158,7 @@ class TrainedModel:
 def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """The network of --ckpt (or the published one of --model), its transport and its autoencoder.
 
-    The network is as --precision, --compile and --cuda-graphs ask for: what is called under `use_precision`.
+    The network is prepared as --precision, --compile and --cuda-graphs ask; call it under `use_precision`.
 
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.

@@ -41,14 +41,14 @@ def randn(
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else device
-        return _move(torch.randn(*shape, generator=generator, device=source, dtype=dtype), device)
+        return to_device(torch.randn(*shape, generator=generator, device=source, dtype=dtype), device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
-    return _move(torch.stack(rows), device) if rows else torch.empty(*shape, device=device, dtype=dtype)
+    return to_device(torch.stack(rows), device) if rows else torch.empty(*shape, device=device, dtype=dtype)
 
 
-def _move(x: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     """x on the device, None for where it is. Onto a GPU from pinned memory: any other copy waits for the GPU."""
     if x.device.type == "cpu" and device is not None and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

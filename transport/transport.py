@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from transport.noise import GaussianNoise
+from transport.noise import GaussianNoise, to_device
 from transport.paths import PATHS, Coefficients, Path, like
 from transport.schedule import PatchSchedule
 
@@ -178,8 +178,8 @@ class Transport:
         level = self.schedule.level_at(t)
         groups = [torch.nonzero(level == index).flatten() for index in range(self.schedule.num_levels)]
         levels = [index for index, members in enumerate(groups) if joint or len(members)]
-        order = [groups[index].to(x1.device) for index in levels]
-        times = [t[groups[index]].to(x1.device, x1.dtype) for index in levels]
+        order = [to_device(groups[index], x1.device) for index in levels]
+        times = [to_device(t[groups[index]].to(x1.dtype), x1.device) for index in levels]
         labels = [None if y is None else y[members] for members in order]
         ends = [(x0[members], x1[members]) for members in order]
         points = [self.path.interpolate(*pair, time) for pair, time in zip(ends, times, strict=True)]
@@ -190,7 +190,7 @@ class Transport:
             outputs = [model(point, time, y=label, level=index) for point, time, label, index in calls]
         losses = [self._loss(output, *pair, time) for output, pair, time in zip(outputs, ends, times, strict=True)]
         loss = torch.cat(losses)[torch.cat(order).argsort()]
-        return {"loss": loss, "level": level.to(x1.device), "t": t.to(x1.device)}
+        return {"loss": loss, "level": to_device(level, x1.device), "t": to_device(t, x1.device)}
 
     def _loss(self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         a, b, scale = row(self.prediction, self.path.coefficients(like(t, x1)))
