@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from models import DiTBlock, PyramidalPatchDiT
 from train_utils import UserError
 
-LEAST = 2  # samples of a group: torch.compile makes graphs of their own for 0 and 1
+MIN_SAMPLES = 2  # of a group: torch.compile makes graphs of their own for 0 and 1
 
 
 def compile_levels(
@@ -115,7 +115,7 @@ class _ReplayedForward:
 
 def _padded(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with zero rows added where it has too few."""
-    missing = LEAST - tensor.shape[0]
+    missing = MIN_SAMPLES - tensor.shape[0]
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing)) if missing > 0 else tensor
 
 

@@ -407,9 +407,11 @@ class PyramidalPatchDiT(
             sequence of levels.
 
         Raises:
-            ValueError: if the input's size or the level is not the model's.
+            ValueError: if the input's size or the level is not the model's, or groups and levels are not as many.
         """
         if isinstance(level, Sequence):
+            if not len(x) == len(t) == len(y) == len(level):
+                raise ValueError(f"{len(level)} levels, but {len(x)}, {len(t)} and {len(y)} groups of x, t and y")
             return self._groups(x, t, y, level)
         return self._groups([x], [t], [y], [level])[0]
 

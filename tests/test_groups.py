@@ -78,7 +78,7 @@ def test_one_pass_costs_the_arithmetic_of_its_samples():
 def test_groups_and_levels_must_be_as_many():
     model = random_model(SQUARE)
     x, t, y = random_inputs(model)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="3 levels, but 2, 2 and 2 groups"):
         model([x, x], [t, t], [y, y], level=[0, 1, 2])
 
 
@@ -111,6 +111,19 @@ def test_the_joint_loss_names_every_level_in_a_single_call():
     loss = create_transport(level_edges=(0.5, 0.75)).training_losses(Recorder(), torch.ones(3, 2), t=t, joint=True)
     assert calls == [([0, 1, 2], [2, 0, 1], [None, None, None])]
     assert loss["loss"].shape == (3,)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("weight", [None, "velocity", "likelihood"])
+def test_the_loss_reads_nothing_back_from_the_device(weight, joint):
+    """Times on the host say all that must be known there: on "meta" there are no values, and reading one raises."""
+    model = random_model(SQUARE, torch.float32).to("meta")
+    x1, x0, y = (*torch.randn(2, 7, 3, 8, 8, device="meta").unbind(), torch.zeros(7, dtype=torch.long, device="meta"))
+    transport = create_transport("GVP", "noise", weight, level_edges=(0.5, 0.75))
+    t = transport.sample_times(7, torch.Generator().manual_seed(0))
+    terms = transport.training_losses(model, x1, y=y, t=t, x0=x0, joint=joint)
+    terms["loss"].mean().backward()
+    assert {term.device.type for term in terms.values()} == {"meta"}
 
 
 # -- Activation checkpointing ----------------------------------------------------------------------------------------
