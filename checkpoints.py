@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from train_utils import UserError, complete_file, user_input
 
 PARTS = {"model", "ema", "opt", "config", "step"}
 LOCK_PATIENCE = 45.0  # seconds
+READ_ATTEMPTS = 3
+READ_PAUSE = 2.0  # seconds between attempts
 CHUNK = 1 << 22  # bytes that are hashed and written at a time
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -69,20 +72,43 @@ def digest_path(path: Path) -> Path:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file; None if every bit is as it was written."""
-    try:
-        if not digest_path(path).exists():
+    """Find out what is wrong with a checkpoint's file; None if every bit is as it was written.
+
+    A file that cannot be read is not damaged: network disks fail for seconds, and what they hold is whole afterwards.
+
+    Raises:
+        OSError: if reading fails READ_ATTEMPTS times.
+    """
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        try:
+            return _damage(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if attempt == READ_ATTEMPTS:
+                raise OSError(
+                    f"cannot read checkpoint {path}: {error.strerror or error}. Nothing was changed: try again, or "
+                    "move the file away to go on from an older one"
+                ) from error
+            time.sleep(READ_PAUSE)
+
+
+def _damage(path: Path) -> str | None:
+    if not digest_path(path).exists():
+        try:
             with zipfile.ZipFile(path) as archive:
                 record = archive.testzip()
-            return None if record is None else f"its record {record} is damaged"
-        digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(CHUNK):
-                digest.update(block)
-        if digest_path(path).read_bytes() != digest_line(path, digest.hexdigest()):
-            return f"it does not match {digest_path(path).name}"
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # what zipfile raises at damage
-        return f"it cannot be read: {error}"
+        except OSError:
+            raise
+        except Exception as error:  # zipfile has half a dozen kinds for bits that flipped in its directory
+            return f"it cannot be read: {error or type(error).__name__}"
+        return None if record is None else f"its record {record} is damaged"
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    if digest_path(path).read_bytes() != digest_line(path, digest.hexdigest()):
+        return f"it does not match {digest_path(path).name}"
     return None
 
 
@@ -96,6 +122,7 @@ def newest_good(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
     Raises:
         ValueError: if there are checkpoints, but all are damaged.
+        OSError:    if one cannot be read.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_of(run_dir)):
@@ -110,9 +137,11 @@ def newest_good(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def set_aside(path: Path) -> Path:
-    """Take a damaged checkpoint's name away: it counts no more, neither for continuing nor for --keep-last."""
-    digest_path(path).unlink(missing_ok=True)
-    return path.replace(path.with_name(f"{path.name}.damaged"))
+    """Rename a damaged checkpoint, and its digest: it counts no more, neither for continuing nor for --keep-last."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if digest_path(path).exists():
+        digest_path(path).replace(digest_path(aside))
+    return path.replace(aside)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, dict[Path, str]]:
@@ -142,7 +171,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if the file is no checkpoint of this program.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read checkpoint {path} ({reason})") from error
@@ -157,21 +186,57 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------
 # Continuing
 
-# What may change when a run is continued; everything else would make it another run.
+# Flags of one start of a run: each start has its own.
+OF_A_START = {
+    "run_dir",
+    "results_dir",
+    "ckpt",
+    "num_workers",
+    "wandb",
+    "compile",
+    "shard",
+    "activation_checkpointing",
+    "joint_levels",
+    "patch_level",
+}
+# The others are remembered. These may be given other values at any time,
 FREE_TO_CHANGE = {
-    "epochs", "max_steps", "results_dir", "run_dir", "ckpt", "num_workers", "log_every", "ckpt_every", "sample_every",
-    "keep_last", "keep_every", "cfg_scales", "cfg_channels", "cfg_interval", "wandb", "shard",
-    "compile", "activation_checkpointing", "joint_levels",
-}  # fmt: skip
+    "epochs",
+    "max_steps",
+    "log_every",
+    "ckpt_every",
+    "sample_every",
+    "keep_last",
+    "keep_every",
+    "cfg_scales",
+    "cfg_channels",
+    "cfg_interval",
+}
+# these too, with a line in the log; any other flag would make it another run.
+LOGGED_WHEN_CHANGED = {
+    "lr",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "gradient_accumulation_steps",
+    "deterministic",
+    "data_path",
+    "vae",
+}
 
 
 def starting_point(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and what to tell about it: the run's own newest good one, else --ckpt.
 
+    The run's folder is locked first: a process that is just ending may still write the newest checkpoint.
+
     Raises:
-        ValueError, OSError: if --ckpt, or every checkpoint of the run, is damaged.
+        ValueError, OSError: if --ckpt, or every checkpoint of the run, is damaged; if another process trains there.
     """
-    own, damaged = newest_good(Path(args.run_dir)) if args.run_dir else (None, {})
+    own, damaged = None, {}
+    if args.run_dir and (Path(args.run_dir) / "checkpoints").is_dir():
+        lock_run_dir(Path(args.run_dir))
+        own, damaged = newest_good(Path(args.run_dir))
     if own is not None:  # the damaged ones must not count as checkpoints any more
         told = [f"{path} is damaged, {reason}; it is now {set_aside(path).name}" for path, reason in damaged.items()]
         return own, told
@@ -181,8 +246,11 @@ def starting_point(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
     return found, [f"{path} is damaged, {reason}" for path, reason in damaged.items()]
 
 
-def continue_from(source: Path, args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
+def continue_from(source: Path, args: argparse.Namespace, given: set[str]) -> tuple[dict[str, Any], list[str]]:
     """Read a checkpoint, and give the arguments the values that its run has.
+
+    Returns:
+        the checkpoint, and a line for each setting of LOGGED_WHEN_CHANGED that is another one from here on.
 
     Raises:
         UserError: if a flag was given that would make it another run; the message names it.
@@ -190,24 +258,66 @@ def continue_from(source: Path, args: argparse.Namespace, given: set[str]) -> di
     with user_input():
         checkpoint = load_checkpoint(source)
     stored = checkpoint["config"]["args"]
-    if args.run_dir and source.parent.parent == Path(args.run_dir):
+    own = bool(args.run_dir) and source.parent.parent == Path(args.run_dir)
+    if own:
         if args.ckpt not in (None, stored.get("ckpt")):
             raise UserError(
                 f"{args.run_dir} holds a run that did not start from --ckpt {args.ckpt}: "
                 f"leave --ckpt out to continue it, or start another with a new --run-dir"
             )
         args.ckpt = stored.get("ckpt")
+    kept = given | {"epochs", "max_steps"} if {"epochs", "max_steps"} & given else given  # two ways to say how long
+    changes = []
     for name, value in stored.items():
-        if name in FREE_TO_CHANGE:
+        if name in OF_A_START:
             continue
-        if name in given and getattr(args, name) != value:
-            flag = "--" + name.replace("_", "-")
+        if name not in kept:
+            setattr(args, name, value)
+            continue
+        flag, now = "--" + name.replace("_", "-"), getattr(args, name)
+        same = full_path(now) == full_path(value) if name == "data_path" else now == value
+        if name in FREE_TO_CHANGE or same:
+            continue
+        if name not in LOGGED_WHEN_CHANGED:
+            another = "with a new --run-dir" if own else "without --ckpt (--initialize_from takes its weights)"
             raise UserError(
-                f"{flag} is {value} in {source}, not {getattr(args, name)}: "
-                f"leave {flag} out to continue that run, or start another with a new --run-dir"
+                f"{flag} is {value} in {source}, not {now}: leave {flag} out to continue that run, "
+                f"or start another {another}"
             )
-        setattr(args, name, value)
-    return checkpoint
+        changes.append(f"{flag} is {now} from here on; it was {value}")
+    return checkpoint, changes
+
+
+def full_path(data_path: str) -> str:
+    """--data-path as a run remembers it, to be found from any working directory."""
+    return data_path if data_path == "digits" else os.path.abspath(data_path)
+
+
+DATA_PARTS = {
+    "kind": "the kind of data",
+    "images": "the number of images",
+    "num_classes": "the number of classes",
+    "names": "names of images or classes",
+    "labels": "the labels",
+    "scaling": "the scaling of the latents",
+}
+
+
+def check_data(config: dict[str, Any], identity: dict[str, Any], data_path: str) -> None:
+    """Refuse data that is not the data of a run (ValueError); it may have moved.
+
+    Args:
+        config:   of the run's checkpoint; one of an earlier version knows the number of images alone
+        identity: of the dataset that is there now
+    """
+    stored = config.get("data") or {"images": config.get("images", identity["images"])}
+    for part, value in identity.items():
+        if part in stored and stored[part] != value:
+            shown = f" ({stored[part]} then, {value} now)" if part in ("kind", "images", "num_classes") else ""
+            raise ValueError(
+                f"{data_path} is not what the run was trained on, {DATA_PARTS[part]} changed{shown}: give the run's "
+                "data by --data-path, or start another run with a new --run-dir"
+            )
 
 
 def load_networks(checkpoint: dict[str, Any], source: Path, **networks: nn.Module) -> None:
@@ -223,27 +333,45 @@ def load_networks(checkpoint: dict[str, Any], source: Path, **networks: nn.Modul
 
 
 def make_run_dir(args: argparse.Namespace) -> Path:
-    """--run-dir, or the next results/NNN-model-path-prediction."""
+    """Make and lock --run-dir, or the next results/NNN-model-path-prediction.
+
+    Raises:
+        ValueError: if the folder holds something else than a run, or another process is at work there.
+    """
     if args.run_dir:
         run_dir = Path(args.run_dir)
+        if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "checkpoints").is_dir():
+            raise ValueError(f"--run-dir {run_dir} holds other files and no run: give a new or an empty folder")
     else:
-        taken = [int(path.name[:3]) for path in Path(args.results_dir).glob("[0-9][0-9][0-9]-*")]
-        name = f"{max(taken, default=-1) + 1:03d}-{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}"
-        run_dir = Path(args.results_dir) / name
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "checkpoints").is_dir():
-        raise ValueError(f"--run-dir {run_dir} holds other files and no run: give a new or an empty folder")
+        run_dir = next_run_dir(Path(args.results_dir), f"{args.model}-{args.path_type}-{args.prediction}")
     for folder in ("checkpoints", "samples"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    lock_run_dir(run_dir)
+    if lock_run_dir(run_dir) and newest_checkpoint(run_dir):
+        # There was no run when `starting_point` looked.
+        raise ValueError(f"another process has begun a run in {run_dir}: give another --run-dir, or continue that run")
     remove_leftovers(run_dir)
     return run_dir
+
+
+def next_run_dir(results_dir: Path, name: str) -> Path:
+    """Make results_dir/NNN-name with the first number after those that are there; several starts get several."""
+    numbers = [int(found[1]) for path in results_dir.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
+    for number in itertools.count(max(numbers, default=-1) + 1):
+        run_dir = results_dir / f"{number:03d}-{name.replace('/', '-')}"
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:  # another start was faster
+            continue
+        return run_dir
 
 
 _locks: dict[Path, BinaryIO] = {}  # open as long as the process lives
 
 
-def lock_run_dir(run_dir: Path) -> None:
+def lock_run_dir(run_dir: Path) -> bool:
     """Keep a run's folder for this process, which a second one would write into as well.
+
+    Returns False if this process had it already.
 
     A process that is just ending (its torchrun was killed, say) is waited for. The lock goes with the process, and its
     loader's workers do not inherit it.
@@ -253,7 +381,7 @@ def lock_run_dir(run_dir: Path) -> None:
     """
     path = (run_dir / ".lock").resolve()
     if path in _locks:
-        return
+        return False
     file = open(path, "ab")  # noqa: SIM115
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
@@ -268,6 +396,7 @@ def lock_run_dir(run_dir: Path) -> None:
         except OSError:  # a file system without locks
             break
     _locks[path] = file
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -142,12 +142,20 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return flag if not dist.is_initialized() else all_reduce(torch.tensor(float(flag), device=device)).item() > 0
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of all gradients together, a plain scalar that is the same on every process."""
+def gradient_norm(model: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The 2-norm of all gradients together, a plain scalar that is the same on every process. Collective.
+
+    Args:
+        dtype: in which the squares are added; float32, the default, ends at a norm of 1e19
+    """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([local_part(gradient) for gradient in gradients])
+    parts = [local_part(gradient) for gradient in gradients]
+    if dtype is None:
+        norm = nn.utils.get_total_norm(parts)
+    else:
+        norm = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in parts]).norm()
     if any(isinstance(gradient, DTensor) for gradient in gradients):
-        norm = all_reduce(norm.double().square()).sqrt().to(norm.dtype)  # squared, fp32 ends at a norm of 1e19
+        norm = all_reduce(norm.double().square()).sqrt().to(norm.dtype)
     return norm
 
 
@@ -178,7 +186,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     def divided(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:  # a moment, not the step's number
             return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-        return tensor
+        return tensor.to(parameter.device, copy=True)  # the checkpoint's file is mapped, and may be deleted
 
     moments = {
         index: {name: divided(tensor, parameters[index]) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Ending a run when its machine is taken away: SIGTERM and SIGUSR1, as clusters send them beforehand."""
+"""Ending a run early: SIGTERM and SIGUSR1, which clusters send before they take a machine away, and Ctrl-C (SIGINT)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """While it is entered, SIGTERM and SIGUSR1 set `requested`; a second signal ends the process at once.
+    """While it is entered, SIGTERM, SIGUSR1 and SIGINT set `requested`; a second signal ends the process at once.
 
     Until `working` is set there is nothing to save, and the first signal ends the process as well. Under torchrun the
     death of its agent counts as a signal: a run without one would go on beside the run that takes its place.
@@ -35,19 +35,29 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether the run should save and end."""
+        """Return True when the run should save and end."""
         return self.signal is not None or self._agent not in (None, os.getppid())
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a run that has saved and ends before its last step."""
+        return 128 + signal.SIGINT if self.signal == signal.SIGINT else EXIT_PREEMPTED
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.working:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             os._exit(EXIT_PREEMPTED)
         if self.signal is not None and (self._agent is None or time.monotonic() > self._time + ECHO):
             os._exit(128 + number)  # what a shell shows for a process that died of this signal
         if self.signal is None:
             self.signal, self._time = number, time.monotonic()
+            if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
+                os.write(2, b"\ninterrupted: saving after this step; Ctrl-C again ends at once and saves nothing\n")
 
     def __enter__(self) -> Preemption:
-        self._before = {number: signal.signal(number, self._receive) for number in PREEMPTION_SIGNALS}
+        numbers = (*PREEMPTION_SIGNALS, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -57,11 +67,12 @@ class Preemption:
 
 
 def outlive_preemption(worker: int) -> None:
-    """In a loader's worker process: leave the signals of preemption, which whole groups are sent, to the main process.
+    """In a loader's worker process: leave signals that whole process groups are sent to the main process.
 
     A worker that died would end the run before it can save. Its parent still ends it, by the same SIGTERM.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, where nobody is preempted
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

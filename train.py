@@ -8,7 +8,7 @@ are functions of (seed, step, sample), so a run is the same on any number of pro
 and continued.
 
 With --run-dir DIR the same command starts the run in DIR or continues it. SIGTERM and SIGUSR1 end it after the
-current step with a checkpoint and exit code 75; what the user must mend ends it with code 2.
+current step with a checkpoint and exit code 75, Ctrl-C with code 130; what the user must mend ends it with code 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ import parallel
 from autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from checkpoints import (
     CheckpointWriter,
+    check_data,
     continue_from,
+    full_path,
     last_words,
     load_networks,
     make_run_dir,
@@ -55,22 +57,26 @@ from train_utils import (
     UserError,
     add_cfg_args,
     add_transport_args,
+    agree,
     broadcast_object,
+    check_same_flags,
     complete_file,
+    deterministic_errors,
     ema_decay_at,
     gather_objects,
     guided,
     level_edges_of,
-    make_reproducible,
     natural_float,
     natural_int,
     not_finite,
     on_main,
     positive_float,
     positive_int,
+    precision_note,
     probability,
     run_script,
     save_grid,
+    set_determinism,
     some_text,
     start_processes,
     step_metrics,
@@ -87,6 +93,8 @@ PREVIEW_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet, as in 
 PREVIEW_COLUMNS = 8
 PREVIEW_STEPS = 25
 
+LARGEST_NORM = 1e19  # of a gradient: AdamW keeps squares in fp32
+
 
 def build_parser() -> ArgumentParser:
     """The flags of train.py."""
@@ -94,13 +102,12 @@ def build_parser() -> ArgumentParser:
         prog="train.py",
         description="Train a diffusion transformer with a pyramid of patch sizes.",
         epilog=f"Exit codes: 0 the run is done; {EXIT_PREEMPTED} SIGTERM or SIGUSR1: saved after the current step, the "
-        "same command continues (a second signal exits at once); 2 something to mend, said in one line. torchrun turns "
-        "every code but 0 into 1.",
+        "same command continues (a second signal exits at once); 130 the same for Ctrl-C; 2 something to mend, said in "
+        "one line. torchrun turns every code but 0 into 1.",
     )
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--data-path", type=some_text, required=True, help="'digits', a folder of class folders, a zip file, or latents"
-    )
+    run.add_argument("--data-path", type=some_text, help="'digits', a folder of class folders, a zip file, or latents "
+                     "(default: that of the run that is continued)")  # fmt: skip
     run.add_argument("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2")
     run.add_argument(
         "--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)"
@@ -136,6 +143,8 @@ def build_parser() -> ArgumentParser:
                           "the backward pass: a fraction of the memory, a third more time")  # fmt: skip
     training.add_argument("--shard", action="store_true", help="divide weights, gradients, moments and EMA among the "
                           "processes (FSDP2): for what does not fit; the losses stay the same")  # fmt: skip
+    deterministic = "on CUDA, the same bits in every repetition, for some speed; on CPUs they always are"
+    training.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False, help=deterministic)
     training.add_argument("--global-seed", type=natural_int, default=0, help="seed of everything random")
     training.add_argument("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
                           help="data loading processes per rank")  # fmt: skip
@@ -234,8 +243,8 @@ def build(
         "transport": transport_config,
         "vae": args.vae,
         "scaling": asdict(dataset.scaling) if dataset.kind == "latents" else None,
-        "args": dict(vars(args)),
-        "images": len(dataset),
+        "args": {**vars(args), "data_path": full_path(args.data_path)},
+        "data": getattr(dataset, "identity", lambda: {"images": len(dataset)})(),
         "torch": str(torch.__version__),
     }
     return dataset, autoencoder, model, transport, config
@@ -313,7 +322,7 @@ def preview(
 def train(argv: Sequence[str] | None = None) -> None:
     """Run train.py with these command-line arguments."""
     args, given = settings(argv)
-    with Preemption() as preemption:
+    with Preemption() as preemption, deterministic_errors():
         run(args, given, preemption)
 
 
@@ -325,23 +334,29 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         UserError:  if it cannot go on; one of the user's arguments or the disk is why.
     """
     processes = start_processes()
+    check_same_flags(args, processes, but={"data_path", "vae", "num_workers", "ckpt", "initialize_from"})
     if args.shard:
         parallel.check_shard(processes)
-    make_reproducible()
-    source, told = on_main(lambda: starting_point(args), processes)
-    checkpoint = continue_from(source, args, given) if source else None
-    args.precision = args.precision or ("bf16" if processes.device.type == "cuda" else "fp32")
-    dataset, autoencoder, model, transport, config = build(args, processes, pretrained=checkpoint is None)
-    run_dir = on_main(lambda: make_run_dir(args), processes)
     device = processes.device
+    source, told = on_main(lambda: starting_point(args), processes)
+    checkpoint, changes = agree(lambda: continue_from(source, args, given), processes) if source else (None, [])
+    if not args.data_path:
+        raise UserError("--data-path is missing: 'digits', a folder of class folders, a zip file, or latents; only a "
+                        "run that is continued remembers its own", everywhere=True)  # fmt: skip
+    set_determinism(device, args.deterministic)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dataset, autoencoder, model, transport, config = agree(
+        lambda: build(args, processes, pretrained=checkpoint is None), processes
+    )
+    if checkpoint is not None:
+        agree(lambda: check_data(checkpoint["config"], config["data"], args.data_path), processes)
+    run_dir = on_main(lambda: make_run_dir(args), processes)
 
     # Model, average, optimizer
     ema = copy.deepcopy(model).requires_grad_(False)
     start_step = 0
     if checkpoint is not None:
-        if (images := checkpoint["config"].get("images", len(dataset))) != len(dataset):
-            raise UserError(f"{args.data_path} holds {len(dataset):,} images now, it was {images:,} when the run began")
-        load_networks(checkpoint, source, model=model, ema=ema)
+        agree(lambda: load_networks(checkpoint, source, model=model, ema=ema), processes)
         start_step = checkpoint["step"]
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -351,8 +366,10 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
     if checkpoint is not None:
-        parallel.load_optimizer(optimizer, checkpoint.pop("opt"))
-        del checkpoint
+        parallel.load_optimizer(optimizer, checkpoint["opt"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
+        checkpoint = None  # the memory that it takes
     loss = parallel.loss_module(model, transport, processes, args.joint_levels)
 
     def stop_preview(*_: object) -> None:
@@ -371,16 +388,21 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
 
     # Logs
     log = None
-    if processes.is_main:
-        with user_input(), complete_file(run_dir / "config.json") as temporary:
+
+    def open_log() -> None:
+        nonlocal log
+        with complete_file(run_dir / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
         log = RunLog(run_dir, start_step, config, args.wandb)
+
+    on_main(open_log, processes)
+    if log:
         parameters = sum(p.numel() for p in model.parameters())
         log.text(f"{args.model}: {parameters:,} parameters, {model.num_levels} level(s), "
                  f"{' / '.join(str(model.num_tokens(level)) for level in range(model.num_levels))} tokens")  # fmt: skip
         log.text(f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes; "
                  f"{processes.world_size} process(es) on {device.type}, {args.precision}; {run_dir}")  # fmt: skip
-        for line in told:
+        for line in (*told, *changes, *filter(None, [precision_note(args.precision, device)])):
             log.text(f"warning: {line}")
         if start_step:
             log.text(f"continuing from step {start_step}, {source}")
@@ -438,11 +460,20 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
         flags = torch.stack([bad_loss, torch.full_like(bad_loss, preemption.requested)])
         flags = parallel.all_reduce(flags, dist.ReduceOp.MAX)
         grad_norm, bad_loss, preempted = torch.cat([norm[None], flags]).tolist()
-        if bad_loss or not math.isfinite(grad_norm):  # before it reaches the weights
-            progress.close()
-            message = broadcast_object(not_finite(done + 1, positions, terms, model, loader.dataset.index, processes))
+        if not bad_loss and not math.isfinite(grad_norm):  # its square may be too large for fp32
+            norm = parallel.gradient_norm(model, torch.float64)
+            grad_norm = norm.item()
+        if bad_loss or not grad_norm < (LARGEST_NORM if args.max_grad_norm is None else math.inf):
+            progress.close()  # before it reaches the weights
+            if bad_loss or not math.isfinite(grad_norm):
+                reason = broadcast_object(
+                    not_finite(done + 1, positions, terms, model, loader.dataset.index, processes)
+                )
+            else:
+                reason = f"the gradient's norm is {grad_norm:.1e} at step {done + 1}, which AdamW cannot square in fp32"
             writer.wait()
-            raise UserError(f"{message}; {last_words(run_dir)}; try --max-grad-norm 1, a lower --lr")
+            hints = "continue with --max-grad-norm 1 or a lower --lr"
+            raise UserError(f"{reason}; {last_words(run_dir)}; {hints}", everywhere=True)
         if args.max_grad_norm:
             nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
         writer.wait_copied()  # a checkpoint that is being written has read the weights
@@ -481,7 +512,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     progress.close()
     failed = broadcast_object(writer.wait())  # so that all processes end together
     if failed:
-        raise UserError(f"{failed}; make room, and the same command continues")
+        raise UserError(f"{failed}; make room, and the same command continues", everywhere=True)
     if log and start_step >= total_steps:
         log.text(f"nothing to do: {run_dir} is at step {start_step}, and {total_steps} are asked for")
     elif log and done >= total_steps:
@@ -492,7 +523,7 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
     if log:
         log.close()
     if done < total_steps:
-        sys.exit(EXIT_PREEMPTED)
+        sys.exit(preemption.exit_code)
 
 
 def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:

@@ -8,8 +8,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,13 +31,24 @@ from transport import PATHS, PREDICTIONS, ClassifierFreeGuidance, PatchSchedule
 # Errors a user can cause: one line, exit code 2
 
 
+EXIT_INTERRUPTED = 130  # the exit code that a shell shows for Ctrl-C
+
+
 class UserError(Exception):
-    """Something the user gave cannot work; the message says what is wrong and what to do."""
+    """Something the user gave cannot work; the message says what is wrong and what to do.
+
+    Args:
+        everywhere: every process raises this same error, so rank 0 alone prints it
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Errors raised while reading what the user gave are the user's to see, not a traceback."""
+    """Turn errors raised while reading what the user gave into a UserError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -42,20 +56,61 @@ def user_input() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2.
+
+    The line names the rank, unless all ranks fail alike and rank 0 speaks for them. The process group is destroyed only
+    when main returns or calls sys.exit, which all processes do together. A process that fails alone must not destroy
+    it: NCCL would first wait for the others, and these may be waiting for this one.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         main()
+    except SystemExit:
+        destroy_processes()
+        raise
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # all ranks stop for the same reason: say it once
-            # On a line of its own, below a progress bar
-            tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if rank == 0 or not error.everywhere:
+            say(f"error: {'' if error.everywhere else who}{error}")
+        exit_alone(2)
     except KeyboardInterrupt:
-        tqdm.write(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)  # what a shell shows for Ctrl-C
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        say(f"{who}interrupted")
+        exit_alone(EXIT_INTERRUPTED)
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        if is_lost_connection(error):
+            say(f"{who}lost the connection to another process, whose own message says why")
+        else:
+            say(f"{who}{type(error).__name__}")
+            traceback.print_exc()
+        exit_alone(1)
+    destroy_processes()
+
+
+def say(message: str) -> None:
+    """Print one line about this script on stderr, below a progress bar: this process's, or rank 0's."""
+    start = "" if int(os.environ.get("RANK", 0)) == 0 else "\n"
+    tqdm.write(f"{start}{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Return True for the error that a collective call raises because another process has died."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|Connection (closed|reset)", str(error)))
+
+
+def exit_alone(code: int) -> NoReturn:
+    """End this process without waiting for the others; a checkpoint that is being written is finished first."""
+    if dist.is_initialized():
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a normal exit would take the process group down, and wait for the others
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,6 +281,12 @@ def start_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
+def destroy_processes() -> None:
+    """Take the process group down. All processes must come here: NCCL waits for them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that is divided among all (train.py --shard); else the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -253,7 +314,7 @@ Value = TypeVar("Value")
 
 
 def on_main(call: Callable[[], Value], processes: Processes) -> Value:
-    """What a call returns on the main process, or the user's error that it ends in, on every process."""
+    """Run `call` on the main process and return its result, or raise its UserError, on every process. Collective."""
     value, error = None, None
     if processes.is_main:
         try:
@@ -263,8 +324,66 @@ def on_main(call: Callable[[], Value], processes: Processes) -> Value:
             error = str(raised)
     value, error = broadcast_object((value, error))
     if error is not None:
-        raise UserError(error)
+        raise UserError(error, everywhere=True)
     return value
+
+
+def agree(call: Callable[[], Value], processes: Processes) -> Value:
+    """Run `call` on every process and return its own result; if one fails, all raise one UserError. Collective.
+
+    What differs between processes is often what is wrong: a node without the data, a disk that is full on one of them.
+
+    Args:
+        call: makes no collective calls itself
+
+    Raises:
+        UserError: the message names the ranks that failed, unless all failed alike.
+    """
+    value, error = None, None
+    try:
+        with user_input():
+            value = call()
+    except UserError as raised:
+        error = str(raised)
+    if not dist.is_initialized():
+        errors = [error]
+    else:
+        errors = [None] * processes.world_size
+        dist.all_gather_object(errors, error)
+    ranks: dict[str, list[int]] = {}
+    for rank, message in enumerate(errors):
+        if message is not None:
+            ranks.setdefault(message, []).append(rank)
+    if not ranks:
+        return value
+    if len(ranks) == 1 and None not in errors:
+        raise UserError(errors[0], everywhere=True)
+    named = (f"rank {', '.join(map(str, where))}: {message}" for message, where in ranks.items())
+    raise UserError("; ".join(named), everywhere=True)
+
+
+def check_same_flags(args: argparse.Namespace, processes: Processes, but: Collection[str]) -> None:
+    """Refuse processes that were started with different commands. Collective.
+
+    Args:
+        but: flags that may differ from node to node
+
+    Raises:
+        UserError: the message names the flag.
+    """
+    if not dist.is_initialized():
+        return
+    flags: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(flags, {name: value for name, value in vars(args).items() if name not in but})
+    for rank, own in enumerate(flags):
+        for name, value in own.items():
+            if value != flags[0][name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"rank {rank} was started with {flag} {value}, rank 0 with {flags[0][name]}: start all processes "
+                    "with the same command",
+                    everywhere=True,
+                )
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -276,11 +395,30 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def make_reproducible() -> None:
-    """The same bits every time on the same device: by default some of CUDA's sums are in no fixed order."""
+def set_determinism(device: torch.device, deterministic: bool) -> None:
+    """Choose algorithms that give the same bits every time: always on the CPU, on CUDA where they are asked for.
+
+    CUDA's faster algorithms add numbers in no fixed order, in the backward pass of attention above all. Only a strict
+    torch avoids them (warn_only=True leaves attention as it is), and then an operation without a deterministic kernel
+    raises a RuntimeError: see `deterministic_errors`.
+    """
+    if device.type == "cuda" and not deterministic:
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and change nothing here
+    torch.use_deterministic_algorithms(True, warn_only=not deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time and change nothing here
+
+
+@contextlib.contextmanager
+def deterministic_errors() -> Iterator[None]:
+    """Turn torch's error about an operation without a deterministic kernel into a UserError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise UserError(f"--deterministic: {found[1]} has no deterministic kernel here: leave the flag out") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -402,7 +540,7 @@ class RunLog:
         """A line for people, on the screen and in log.txt."""
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()  # a killed process takes what it has not shown with it
-        with self.unless_full(), open(self.run_dir / "log.txt", "a") as file:
+        with self.unless_full(), open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
             file.write(message + "\n")
 
     @contextlib.contextmanager
@@ -487,3 +625,7 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
     grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=128)
     with complete_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    return None

@@ -325,29 +325,6 @@ def test_the_same_command_with_ckpt_continues_its_own_run(tiny_run: Path, tmp_pa
     assert "did not start from --ckpt" in line
 
 
-def test_what_may_change_may_change(tiny_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    train([*TINY, "--run-dir", str(run), "--max-steps", "21", "--log-every", "7", "--ckpt-every", "3",
-           "--num-workers", "1", "--keep-last", "2", "--keep-every", "10", "--sample-every", "0"])  # fmt: skip
-    assert newest_checkpoint(run).name == "0000021.pt"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--data-path", "elsewhere"), ("--global-batch-size", "64"), ("--path-type", "GVP"), ("--global-seed", "1"),
-     ("--prediction", "noise"), ("--level-edges", "0.4"), ("--ema-decay", "0.99"), ("--class-dropout-prob", "0.2"),
-     ("--max-grad-norm", "1"), ("--gradient-accumulation-steps", "2"), ("--vae", "ema")],
-)  # fmt: skip
-def test_what_would_make_it_another_run_is_refused_by_name(flag: str, value: str, tiny_run: Path, refuses) -> None:
-    assert f"{flag} is " in refuses(train, *TINY, "--run-dir", tiny_run, flag, value)
-
-
-def test_changed_data_is_refused(tiny_run: Path, tmp_path: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Digits, "__len__", lambda self: 1796)
-    assert "1,796 images now, it was 1,797" in refuses(train, *TINY, "--run-dir", tiny_run, "--max-steps", "30")
-
-
 def test_restarts_want_a_folder(refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert "--max-restarts needs --run-dir" in refuses(train, *TINY)

@@ -132,13 +132,6 @@ def test_finished_run_is_left_alone(tiny_run: Path) -> None:
     assert len(losses(tiny_run)) == 20
 
 
-def test_changed_setting_is_refused_by_name(tiny_run: Path, refuses) -> None:
-    line = refuses(train, *TINY, "--run-dir", tiny_run, "--lr", "2e-3")
-    assert "--lr is 0.001" in line
-    assert "0.002" in line
-    assert "--model is PPF-T-2" in refuses(train, *TINY, "--run-dir", tiny_run, "--model", "PPF-T-3")
-
-
 # -- Processes, accumulation and random numbers ------------------------------------------------------------------
 
 
