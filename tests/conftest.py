@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Two threads that spin while waiting for each other stall for seconds on a busy machine. Set before torch is loaded.
 # And nothing is fetched: a test that tried would take minutes to learn that it may not.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the tests marked gpu; the others do not see them
 os.environ.update(ENVIRONMENT)
 
 import train  # noqa: E402
@@ -27,12 +29,25 @@ def pytest_configure() -> None:
     train.PREVIEW_STEPS = 4  # every run ends with a preview; the demo's test makes them at full length
 
 
-def start_script(script: str, *flags: object, processes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository, under torchrun where a number of processes is given."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where there is none."""
+    if shutil.which("nvidia-smi") is None or subprocess.run(["nvidia-smi"], capture_output=True).returncode:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def start_script(
+    script: str, *flags: object, processes: int | None = None, cuda: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository, under torchrun where a number of processes is given; `cuda` shows it the GPUs."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, **ENVIRONMENT, **({"OMP_NUM_THREADS": "1"} if processes else {})}
+    if cuda:
+        environment.pop("CUDA_VISIBLE_DEVICES")
+        environment.update({} if DEVICES is None else {"CUDA_VISIBLE_DEVICES": DEVICES})
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from compilation import compile_levels
-from models import create_model
+from models import PyramidalPatchDiT, create_model
 from train import draw_step, train
 from train_utils import UserError, complete_file, update_ema
-from transport import create_transport
+from transport import Transport, create_transport
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -237,6 +238,65 @@ def test_clipping_limits_the_step(tmp_path: Path) -> None:
         head = checkpoint(tmp_path / limit, 1)["model"]["final_layer.linear.0.weight"]  # starts at zero
         moved[limit] = head.abs().max().item()
     assert moved["1e-14"] < 1e-7 < 1e-4 < moved["10"]
+
+
+def scale_losses(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Transport.training_losses
+
+    def scaled(self, *args, **kwargs):
+        terms = real(self, *args, **kwargs)
+        return {**terms, "loss": terms["loss"] * factor}
+
+    monkeypatch.setattr(Transport, "training_losses", scaled)
+
+
+def test_gradients_whose_square_is_no_float_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping takes a factor of the loss away, also one that makes fp32's sum of squares infinite."""
+    flags = [*TINY, "--max-steps", "3", "--max-grad-norm", "1e-3"]
+    train([*flags, "--run-dir", str(tmp_path / "plain")])
+    scale_losses(1e22, monkeypatch)
+    train([*flags, "--run-dir", str(tmp_path / "scaled")])
+    for name, tensor in checkpoint(tmp_path / "plain", 3)["model"].items():
+        torch.testing.assert_close(checkpoint(tmp_path / "scaled", 3)["model"][name], tensor, rtol=1e-3, atol=1e-5)
+    record = json.loads((tmp_path / "scaled" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 1e19 < record["grad_norm"] < 1e30
+
+
+def test_gradients_that_adamw_cannot_square_are_refused_unless_clipped(tmp_path: Path, monkeypatch, refuses) -> None:
+    scale_losses(1e22, monkeypatch)
+    line = refuses(train, *TINY, "--max-steps", 3, "--run-dir", tmp_path)
+    assert re.search(r"gradient's norm is \S+e\+2\d at step 1, which AdamW cannot square", line)
+    train([*TINY, "--max-steps", "3", "--run-dir", str(tmp_path), "--max-grad-norm", "1"])  # as it advises
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path: Path, monkeypatch, refuses) -> None:
+    """Max-unpooling has none on any device; nothing of ours uses it."""
+    real = PyramidalPatchDiT.forward
+
+    def forward(self, *args, **kwargs):
+        torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.long), 2)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(PyramidalPatchDiT, "forward", forward)
+    try:
+        line = refuses(train, *TINY, "--max-steps", 1, "--deterministic", "--run-dir", tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    assert "--deterministic: max_unpooling2d_forward_out has no deterministic kernel here" in line
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_on_cuda_have_the_same_bits(tmp_path: Path) -> None:
+    """Two runs of 50 steps each; without the flag the losses agree to rounding."""
+    flags = [*TINY, "--max-steps", 50, "--log-every", 1, "--sample-every", 0]
+    for name, extra in (("a", ["--deterministic"]), ("b", ["--deterministic"]), ("c", []), ("d", [])):
+        done = start_script("train.py", *flags, *extra, "--run-dir", tmp_path / name, cuda=True)
+        assert done.returncode == 0, done.stderr
+    for part in ("model", "ema", "opt"):
+        assert_same_state(checkpoint(tmp_path / "a", 50)[part], checkpoint(tmp_path / "b", 50)[part])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    for other in ("c", "d"):
+        np.testing.assert_allclose(losses(tmp_path / other), losses(tmp_path / "a"), rtol=2e-2)
 
 
 @pytest.mark.parametrize("path_type", ["Linear", "GVP", "VP"])
