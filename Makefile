@@ -7,7 +7,7 @@ KILLS  ?= 50
 # Threads that spin while they wait for each other stall for seconds on a machine with other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test chaos lint format bench
+.PHONY: demo test test-all test-gpu chaos lint format bench
 
 # Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
@@ -18,7 +18,13 @@ demo: $(VENV)/.installed
 	    --out $(RUN)/samples.png
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu
 
 # Runs that are killed at random must end bit by bit as if they were not; on a GPU with CHAOS_DEVICES=0.
 chaos: $(VENV)/.installed
