@@ -38,7 +38,7 @@ class UserError(Exception):
     """Something the user gave cannot work; the message says what is wrong and what to do.
 
     Args:
-        everywhere: every process raises this same error, so rank 0 alone prints it
+        everywhere: every process raises this same error, so one on each node prints it
     """
 
     def __init__(self, message: str, everywhere: bool = False) -> None:
@@ -58,9 +58,9 @@ def user_input() -> Iterator[None]:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2.
 
-    The line names the rank, unless all ranks fail alike and rank 0 speaks for them. The process group is destroyed only
-    when main returns or calls sys.exit, which all processes do together. A process that fails alone must not destroy
-    it: NCCL would first wait for the others, and these may be waiting for this one.
+    The line names the rank, unless all ranks fail alike and one on each node speaks for them. The process group is
+    destroyed only when main returns or calls sys.exit, which all processes do together. A process that fails alone must
+    not destroy it: NCCL would first wait for the others, and these may be waiting for this one.
     """
     rank = int(os.environ.get("RANK", 0))
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -70,20 +70,20 @@ def run_script(main: Callable[[], None]) -> None:
         destroy_processes()
         raise
     except UserError as error:
-        if rank == 0 or not error.everywhere:
+        if not error.everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             say(f"error: {'' if error.everywhere else who}{error}")
         exit_alone(2)
     except KeyboardInterrupt:
         say(f"{who}interrupted")
         exit_alone(EXIT_INTERRUPTED)
     except Exception as error:
-        if not dist.is_initialized():
-            raise
         if is_lost_connection(error):
             say(f"{who}lost the connection to another process, whose own message says why")
-        else:
+        elif dist.is_initialized():
             say(f"{who}{type(error).__name__}")
             traceback.print_exc()
+        else:
+            raise
         exit_alone(1)
     destroy_processes()
 
