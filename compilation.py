@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from models import DiTBlock, PyramidalPatchDiT
 from train_utils import UserError
 
+MAX_GRAPHS = 64  # of a block: levels, sets of levels, with and without gradients or autocast
 MIN_SAMPLES = 2  # of a group: torch.compile makes graphs of their own for 0 and 1
 
 
@@ -33,16 +33,19 @@ def compile_levels(
     """
     # Under DDP graphs would be cut at its buckets, so that reducing can begin; with a graph per block it can anyway.
     torch._dynamo.config.optimize_ddp = False
-    graphs = _BlockGraphs(backend, tell)
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    compiled = _CompiledBlock(backend, tell)
     for block in model.blocks:
-        block.forward = partial(graphs, block)
+        block.forward = partial(compiled, block)
 
 
-class _BlockGraphs:
+class _CompiledBlock:
+    """The forward of all blocks of a model: one compiled function, with a graph for each set of token counts."""
+
     def __init__(self, backend: str | Callable, tell: Callable[[str], None] | None) -> None:
-        self.backend = backend
+        self.compiled = torch.compile(DiTBlock.forward, backend=backend, fullgraph=True)
         self.tell = tell
-        self.graphs: dict[tuple[int, ...], Callable] = {}  # by the tokens per sample of each group
+        self.started: set[tuple[int, ...]] = set()  # tokens per sample of each group
 
     def __call__(
         self, block: DiTBlock, groups: list[torch.Tensor], conditions: list[torch.Tensor]
@@ -51,17 +54,16 @@ class _BlockGraphs:
         groups, conditions = ([_padded(tensor) for tensor in tensors] for tensors in (groups, conditions))
         for tensor in (*groups, *conditions):
             torch._dynamo.mark_dynamic(tensor, 0)
-        first = tokens not in self.graphs
-        if first:
-            self.graphs[tokens] = torch.compile(_own_code(tokens), backend=self.backend, fullgraph=True)
+            torch._dynamo.mark_static(tensor, 1)  # a graph for every number of tokens is several times slower in bf16
         start = time.perf_counter()
         try:
-            outputs = self.graphs[tokens](block, groups, conditions)
+            outputs = self.compiled(block, groups, conditions)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             hint = "install one, or leave it out" if "ompiler" in reason else "leave it out"
             raise UserError(f"--compile failed: {reason}; {hint}") from error
-        if first and self.tell is not None:
+        if self.tell is not None and tokens not in self.started:
+            self.started.add(tokens)
             named = " + ".join(map(str, tokens))
             self.tell(f"compiled a block for {named} tokens in {time.perf_counter() - start:.1f} s")
         return [output[:size] for output, size in zip(outputs, sizes, strict=True)]
@@ -117,13 +119,3 @@ def _padded(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with zero rows added where it has too few."""
     missing = MIN_SAMPLES - tensor.shape[0]
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing)) if missing > 0 else tensor
-
-
-def _own_code(tokens: tuple[int, ...]) -> Callable:
-    """A block's call as a function with its own code: torch.compile limits the graphs of each code object."""
-
-    def run(block: DiTBlock, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
-        return DiTBlock.forward(block, groups, conditions)
-
-    name = "_".join(map(str, ("tokens", *tokens)))
-    return types.FunctionType(run.__code__.replace(co_name=name), run.__globals__, name)

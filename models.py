@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,26 +97,16 @@ class TableEmbedder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Blocks. The tokens of a pass are groups (n, T, D), one per level: linear layers see all of them at once, attention
-# and modulation go group by group. Tokens of different samples never meet, so nothing needs a mask.
-
-
-def at_once(layer: Callable[[torch.Tensor], torch.Tensor], groups: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Apply a layer that acts on single tokens to all groups (n, T, features) in one call."""
-    if len(groups) == 1:
-        return [layer(groups[0])]
-    out = layer(torch.cat([group.flatten(0, 1) for group in groups]))
-    parts = out.split([group.shape[0] * group.shape[1] for group in groups])
-    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
+# Blocks
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: x (n, T, D) with one shift and scale (n, 1, D) per sample."""
-    return x * (1 + scale) + shift
+    """adaLN: x (N, T, D) with one shift and scale (N, D) per sample."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each sample, groups (n, T, D) -> groups (n, T, D)."""
+    """Multi-head self-attention over the tokens of each sample, (N, T, D) -> (N, T, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -124,16 +114,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
-        return at_once(self.proj, [self.attend(qkv) for qkv in at_once(self.qkv, groups)])
-
-    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """(n, T, 3D) -> (n, T, D)."""
-        n, t, features = qkv.shape
-        if n == 0:  # which CUDA's attention kernels refuse
-            return qkv[..., : features // 3]
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, features // (3 * self.num_heads))).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, features // 3)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, d = x.shape
+        qkv = self.qkv(x)
+        if n == 0:  # CUDA's attention kernels refuse an empty batch
+            return self.proj(qkv[..., :d])
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, d // self.num_heads)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
 
 
 class Mlp(nn.Module):
@@ -149,7 +136,10 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero (DiT, section 3.2): groups (n, T, D) under conditions (n, 1, D) -> groups."""
+    """Transformer block with adaLN-Zero (DiT, section 3.2).
+
+    A pass of the network may hold several levels: groups of samples with T tokens each, which never meet.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -159,17 +149,19 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
+    def block(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Tokens x (N, T, D) of one level under conditions c (N, D)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
     def forward(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
-        parts = (part.chunk(6, dim=2) for part in at_once(self.adaLN_modulation, conditions))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = zip(*parts, strict=True)
-        inputs = [modulate(self.norm1(x), *m) for x, *m in zip(groups, shift_a, scale_a, strict=True)]
-        groups = [x + gate * out for x, gate, out in zip(groups, gate_a, self.attn(inputs), strict=True)]
-        inputs = [modulate(self.norm2(x), *m) for x, *m in zip(groups, shift_m, scale_m, strict=True)]
-        return [x + gate * out for x, gate, out in zip(groups, gate_m, at_once(self.mlp, inputs), strict=True)]
+        """All groups in one call: FSDP2 gathers the weights once, and torch.compile makes one graph."""
+        return [self.block(x, c) for x, c in zip(groups, conditions, strict=True)]
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then the head of the level: (n, T, D) under a condition (n, 1, D) -> (n, T, p*q*out_channels)."""
+    """adaLN, then the head of the level: (N, T, D) under conditions (N, D) -> (N, T, p*q*out_channels)."""
 
     def __init__(self, hidden_size: int, patch_sizes: Sequence[tuple[int, int]], out_channels: int) -> None:
         super().__init__()
@@ -178,7 +170,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(hidden_size, p * q * out_channels) for p, q in patch_sizes)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, level: int) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=2)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear[level](modulate(self.norm_final(x), shift, scale))
 
 
@@ -432,7 +424,7 @@ class PyramidalPatchDiT(
             condition = self.t_embedder(t) + self.y_embedder(y)
             if self.num_levels > 1:
                 condition = condition + self.level_embedder.embedding_table.weight[level]
-            conditions.append(condition.unsqueeze(1))  # (n, 1, D)
+            conditions.append(condition)
             tokens = self.x_embedder[level](patchify(x, self.patch_sizes[level]))
             groups.append(tokens + getattr(self, f"pos_embed_{level}"))
         for block in self.blocks:
