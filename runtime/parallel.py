@@ -24,9 +24,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import tensors_of, with_tensors
 from models import PyramidalPatchDiT
-from train_utils import Processes, UserError, local_part
+from runtime.distributed import Processes, local_part
+from runtime.errors import UserError
+from runtime.files import tensors_of, with_tensors
 from transport import Transport
 
 # ---------------------------------------------------------------------------------------------------------------

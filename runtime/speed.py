@@ -1,16 +1,85 @@
-"""Faster calls of the same network: one compiled graph per level, and one CUDA graph per level and batch size."""
+"""Speed: precision, determinism, the weights' average, compiled blocks."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from models import DiTBlock, PyramidalPatchDiT
-from train_utils import UserError
+from runtime.distributed import local_part
+from runtime.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------
+# Precision
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def default_precision(device: torch.device, training: bool) -> str:
+    """bf16 for training on CUDA, tf32 for sampling there, fp32 on the CPU."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if training else "tf32"
+
+
+def use_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The autocast context of a precision; fp32 and tf32 set how CUDA multiplies matrices."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def set_determinism(device: torch.device, deterministic: bool) -> None:
+    """Choose algorithms that give the same bits every time: always on the CPU, on CUDA where they are asked for.
+
+    CUDA's faster algorithms add numbers in no fixed order, in the backward pass of attention above all. Only a strict
+    torch avoids them (warn_only=True leaves attention as it is), and then an operation without a deterministic kernel
+    raises a RuntimeError: see `deterministic_errors`.
+    """
+    if device.type == "cuda" and not deterministic:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time and change nothing here
+
+
+@contextlib.contextmanager
+def deterministic_errors() -> Iterator[None]:
+    """Turn torch's error about an operation without a deterministic kernel into a UserError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise UserError(f"--deterministic: {found[1]} has no deterministic kernel here: leave the flag out") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# EMA
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) model, in a few kernels for all parameters."""
+    averages, weights = ([local_part(parameter) for parameter in net.parameters()] for net in (ema, model))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The decay rises to its value over the first steps, so that the initial weights are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compilation
 
 MAX_GRAPHS = 64  # of a block: levels, sets of levels, with and without gradients or autocast
 MIN_SAMPLES = 2  # of a group: torch.compile makes graphs of their own for 0 and 1
@@ -67,52 +136,6 @@ class _CompiledBlock:
             named = " + ".join(map(str, tokens))
             self.tell(f"compiled a block for {named} tokens in {time.perf_counter() - start:.1f} s")
         return [output[:size] for output, size in zip(outputs, sizes, strict=True)]
-
-
-def replay_levels(model: PyramidalPatchDiT) -> None:
-    """Record a model's evaluations as CUDA graphs, in place: each is launched at once instead of kernel by kernel.
-
-    There is one graph for each level and batch size. Calls with gradients, or of several levels, are made as before.
-    The graphs share the memory of their activations, which stays taken. Compile a model before, not after.
-    """
-    model.forward = _ReplayedForward(model.forward)
-
-
-class _ReplayedForward:
-    def __init__(self, forward: Callable) -> None:
-        self.forward = forward
-        self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they are replayed one after the other
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
-
-    def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int | Sequence[int] = 0
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """As PyramidalPatchDiT.forward."""
-        if torch.is_grad_enabled() or isinstance(level, Sequence):
-            return self.forward(x, t, y, level=level)
-        key = (level, x.shape, x.dtype, torch.is_autocast_enabled("cuda"))
-        if key not in self.graphs:
-            self.graphs[key] = self._record([x, t, y], level)
-        graph, inputs, output = self.graphs[key]
-        for buffer, value in zip(inputs, (x, t, y), strict=True):
-            buffer.copy_(value)
-        graph.replay()
-        return output.clone()  # the next replay writes where this one did
-
-    def _record(
-        self, inputs: list[torch.Tensor], level: int
-    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
-        inputs = [tensor.clone() for tensor in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, picks kernels and takes workspaces, which a recording must not
-            for _ in range(3):
-                self.forward(*inputs, level=level)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = self.forward(*inputs, level=level)
-        return graph, inputs, output
 
 
 def _padded(tensor: torch.Tensor) -> torch.Tensor:

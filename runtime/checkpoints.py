@@ -9,29 +9,25 @@ bit of it that flips later is noticed. A file without a digest (copied alone) is
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fcntl
 import hashlib
-import itertools
 import os
 import re
 import shutil
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
 
-from layouts import check_tensors
-from train_utils import UserError, complete_file, user_input
+from runtime.errors import user_input
+from runtime.files import check_tensors, complete_file, tensors_of, with_tensors
 
 PARTS = {"model", "ema", "opt", "config", "step"}
-LOCK_PATIENCE = 45.0  # seconds
 READ_ATTEMPTS = 3
 READ_PAUSE = 2.0  # seconds between attempts
 CHUNK = 1 << 22  # bytes that are hashed and written at a time
@@ -56,7 +52,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(checkpoints_of(run_dir)), None)
 
 
-def last_words(run_dir: Path) -> str:
+def describe_newest_checkpoint(run_dir: Path) -> str:
     """What a run that fails leaves behind."""
     kept = newest_checkpoint(run_dir)
     return f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
@@ -183,143 +179,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Continuing
-
-# Flags of one start of a run: each start has its own.
-OF_A_START = {
-    "run_dir",
-    "results_dir",
-    "ckpt",
-    "num_workers",
-    "wandb",
-    "compile",
-    "shard",
-    "activation_checkpointing",
-    "joint_levels",
-    "patch_level",
-}
-# The others are remembered. These may be given other values at any time,
-FREE_TO_CHANGE = {
-    "epochs",
-    "max_steps",
-    "log_every",
-    "ckpt_every",
-    "sample_every",
-    "keep_last",
-    "keep_every",
-    "cfg_scales",
-    "cfg_channels",
-    "cfg_interval",
-}
-# these too, with a line in the log; any other flag would make it another run.
-LOGGED_WHEN_CHANGED = {
-    "lr",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "gradient_accumulation_steps",
-    "deterministic",
-    "data_path",
-    "vae",
-}
-
-
-def starting_point(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, and what to tell about it: the run's own newest good one, else --ckpt.
-
-    The run's folder is locked first: a process that is just ending may still write the newest checkpoint.
-
-    Raises:
-        ValueError, OSError: if --ckpt, or every checkpoint of the run, is damaged; if another process trains there.
-    """
-    own, damaged = None, {}
-    if args.run_dir and (Path(args.run_dir) / "checkpoints").is_dir():
-        lock_run_dir(Path(args.run_dir))
-        own, damaged = newest_good(Path(args.run_dir))
-    if own is not None:  # the damaged ones must not count as checkpoints any more
-        told = [f"{path} is damaged, {reason}; it is now {set_aside(path).name}" for path, reason in damaged.items()]
-        return own, told
-    if not args.ckpt:
-        return None, []
-    found, damaged = find_checkpoint(args.ckpt)
-    return found, [f"{path} is damaged, {reason}" for path, reason in damaged.items()]
-
-
-def continue_from(source: Path, args: argparse.Namespace, given: set[str]) -> tuple[dict[str, Any], list[str]]:
-    """Read a checkpoint, and give the arguments the values that its run has.
-
-    Returns:
-        the checkpoint, and a line for each setting of LOGGED_WHEN_CHANGED that is another one from here on.
-
-    Raises:
-        UserError: if a flag was given that would make it another run; the message names it.
-    """
-    with user_input():
-        checkpoint = load_checkpoint(source)
-    stored = checkpoint["config"]["args"]
-    own = bool(args.run_dir) and source.parent.parent == Path(args.run_dir)
-    if own:
-        if args.ckpt not in (None, stored.get("ckpt")):
-            raise UserError(
-                f"{args.run_dir} holds a run that did not start from --ckpt {args.ckpt}: "
-                f"leave --ckpt out to continue it, or start another with a new --run-dir"
-            )
-        args.ckpt = stored.get("ckpt")
-    kept = given | {"epochs", "max_steps"} if {"epochs", "max_steps"} & given else given  # two ways to say how long
-    changes = []
-    for name, value in stored.items():
-        if name in OF_A_START:
-            continue
-        if name not in kept:
-            setattr(args, name, value)
-            continue
-        flag, now = "--" + name.replace("_", "-"), getattr(args, name)
-        same = full_path(now) == full_path(value) if name == "data_path" else now == value
-        if name in FREE_TO_CHANGE or same:
-            continue
-        if name not in LOGGED_WHEN_CHANGED:
-            another = "with a new --run-dir" if own else "without --ckpt (--initialize_from takes its weights)"
-            raise UserError(
-                f"{flag} is {value} in {source}, not {now}: leave {flag} out to continue that run, "
-                f"or start another {another}"
-            )
-        changes.append(f"{flag} is {now} from here on; it was {value}")
-    return checkpoint, changes
-
-
-def full_path(data_path: str) -> str:
-    """--data-path as a run remembers it, to be found from any working directory."""
-    return data_path if data_path == "digits" else os.path.abspath(data_path)
-
-
-DATA_PARTS = {
-    "kind": "the kind of data",
-    "images": "the number of images",
-    "num_classes": "the number of classes",
-    "names": "names of images or classes",
-    "labels": "the labels",
-    "scaling": "the scaling of the latents",
-}
-
-
-def check_data(config: dict[str, Any], identity: dict[str, Any], data_path: str) -> None:
-    """Refuse data that is not the data of a run (ValueError); it may have moved.
-
-    Args:
-        config:   of the run's checkpoint; one of an earlier version knows the number of images alone
-        identity: of the dataset that is there now
-    """
-    stored = config.get("data") or {"images": config.get("images", identity["images"])}
-    for part, value in identity.items():
-        if part in stored and stored[part] != value:
-            shown = f" ({stored[part]} then, {value} now)" if part in ("kind", "images", "num_classes") else ""
-            raise ValueError(
-                f"{data_path} is not what the run was trained on, {DATA_PARTS[part]} changed{shown}: give the run's "
-                "data by --data-path, or start another run with a new --run-dir"
-            )
-
-
 def load_networks(checkpoint: dict[str, Any], source: Path, **networks: nn.Module) -> None:
     """Give networks the weights of the checkpoint's parts of the same names.
 
@@ -330,73 +189,6 @@ def load_networks(checkpoint: dict[str, Any], source: Path, **networks: nn.Modul
         for part, network in networks.items():
             check_tensors(checkpoint[part], network.state_dict(), f"{source}: {part}")
             network.load_state_dict(checkpoint[part])
-
-
-def make_run_dir(args: argparse.Namespace) -> Path:
-    """Make and lock --run-dir, or the next results/NNN-model-path-prediction.
-
-    Raises:
-        ValueError: if the folder holds something else than a run, or another process is at work there.
-    """
-    if args.run_dir:
-        run_dir = Path(args.run_dir)
-        if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "checkpoints").is_dir():
-            raise ValueError(f"--run-dir {run_dir} holds other files and no run: give a new or an empty folder")
-    else:
-        run_dir = next_run_dir(Path(args.results_dir), f"{args.model}-{args.path_type}-{args.prediction}")
-    for folder in ("checkpoints", "samples"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    if lock_run_dir(run_dir) and newest_checkpoint(run_dir):
-        # There was no run when `starting_point` looked.
-        raise ValueError(f"another process has begun a run in {run_dir}: give another --run-dir, or continue that run")
-    remove_leftovers(run_dir)
-    return run_dir
-
-
-def next_run_dir(results_dir: Path, name: str) -> Path:
-    """Make results_dir/NNN-name with the first number after those that are there; several starts get several."""
-    numbers = [int(found[1]) for path in results_dir.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
-    for number in itertools.count(max(numbers, default=-1) + 1):
-        run_dir = results_dir / f"{number:03d}-{name.replace('/', '-')}"
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:  # another start was faster
-            continue
-        return run_dir
-
-
-_locks: dict[Path, BinaryIO] = {}  # open as long as the process lives
-
-
-def lock_run_dir(run_dir: Path) -> bool:
-    """Keep a run's folder for this process, which a second one would write into as well.
-
-    Returns False if this process had it already.
-
-    A process that is just ending (its torchrun was killed, say) is waited for. The lock goes with the process, and its
-    loader's workers do not inherit it.
-
-    Raises:
-        ValueError: if another process trains there and does not end.
-    """
-    path = (run_dir / ".lock").resolve()
-    if path in _locks:
-        return False
-    file = open(path, "ab")  # noqa: SIM115
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                file.close()
-                raise ValueError(f"another process trains in {run_dir}: end it, or give another --run-dir") from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            break
-    _locks[path] = file
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -470,26 +262,6 @@ def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed process had not finished writing."""
     for path in (run_dir / "checkpoints").glob(".[0-9]*"):
         path.unlink(missing_ok=True)
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested dicts and lists, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(item)
-
-
-def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """A copy of nested dicts and lists with other tensors, in the order of tensors_of."""
-    if isinstance(value, torch.Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: with_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(with_tensors(item, tensors) for item in value)
-    return value
 
 
 class CheckpointWriter:
@@ -566,7 +338,7 @@ class CheckpointWriter:
             self.tell(f"saved {path}")
             prune(self.run_dir, self.keep_last, self.keep_every)
         except OSError as error:
-            self._failed = f"checkpoint {path} was not written: {error}; {last_words(self.run_dir)}"
+            self._failed = f"checkpoint {path} was not written: {error}; {describe_newest_checkpoint(self.run_dir)}"
             self.tell(f"warning: {self._failed}")
         except BaseException as error:
             self._error = error

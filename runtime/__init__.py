@@ -1,0 +1,1 @@
+"""How a run runs: processes, checkpoints, signals, logs, speed, random numbers, files."""

@@ -1,0 +1,195 @@
+"""Metrics, log, curves and pictures of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from runtime import parallel
+from runtime.errors import UserError
+from runtime.files import complete_file
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+class RunLog:
+    """log.txt, metrics.jsonl and loss.png in a run's folder, and wandb where asked for.
+
+    Args:
+        run_dir: the run's folder
+        step:    metrics after this step are dropped: the run continues from here
+        config:  for wandb
+        wandb:   log to wandb as well; WANDB_KEY, ENTITY and PROJECT are read from the environment
+    """
+
+    def __init__(self, run_dir: Path, step: int, config: dict[str, Any], wandb: bool = False) -> None:
+        self.run_dir = run_dir
+        self.metrics_file = run_dir / "metrics.jsonl"
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        with complete_file(self.metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.wandb_run = self._start_wandb(config) if wandb else None
+
+    def _start_wandb(self, config: dict[str, Any]) -> Any:
+        import wandb
+
+        if key := os.environ.get("WANDB_KEY"):
+            os.environ.setdefault("WANDB_API_KEY", key)
+        try:
+            return wandb.init(
+                project=os.environ.get("PROJECT", "PPFlow"),
+                entity=os.environ.get("ENTITY"),
+                name=self.run_dir.name,
+                id=hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                dir=self.run_dir,
+                config=config,
+            )
+        except wandb.Error as error:
+            raise UserError(f"--wandb: {error}; set WANDB_KEY, or WANDB_MODE=offline") from error
+
+    def text(self, message: str) -> None:
+        """Write a line on the screen and into log.txt."""
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()  # a killed process takes what it has not shown with it
+        with self.unless_full(), open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
+            file.write(message + "\n")
+
+    @contextlib.contextmanager
+    def unless_full(self) -> Iterator[None]:
+        """If the disk is full, skip this write and warn: logs are not worth ending a run."""
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"warning: a log or picture is lost: {error}", file=sys.stdout)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records so far, but for lines that a full disk or a lost machine cut short."""
+        records = []
+        for line in self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl; values holds the step."""
+        with self.unless_full(), open(self.metrics_file, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log({f"train/{name}": value for name, value in values.items()}, step=values["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a picture in wandb."""
+        if self.wandb_run:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+
+    def plot(self) -> None:
+        """Draw loss.png: the loss of each level over the steps."""
+        from matplotlib.figure import Figure  # slow to import
+
+        records = self.metrics()
+        if not records:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key in sorted({key for record in records for key in record if key.startswith("loss")}):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            label = "all levels" if key == "loss" else key.replace("_", " ").replace("loss ", "")
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=2 if key == "loss" else 1)
+        axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        with self.unless_full(), complete_file(self.run_dir / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def close(self) -> None:
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+class StepMeter:
+    """Averages over the steps since the last record: loss of each level, gradient norm, time.
+
+    Losses are added up on the device, so that a step waits for nothing.
+
+    Args:
+        num_levels: levels of the network
+        batch_size: samples of a step, all processes
+        device:     where the losses are
+    """
+
+    def __init__(self, num_levels: int, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
+        self._sums = torch.zeros(2, num_levels, device=device)  # loss and number of samples, by level
+        self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the last record, pauses left out."""
+        return time.perf_counter() - self._start
+
+    def add_losses(self, terms: dict[str, torch.Tensor]) -> None:
+        """Add "loss" (n,) of samples of the levels "level" (n,)."""
+        self._sums[0].index_add_(0, terms["level"], terms["loss"])
+        self._sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"]))
+
+    def step_done(self, grad_norm: float) -> None:
+        """Count a step."""
+        self._grad_norms, self._steps = self._grad_norms + grad_norm, self._steps + 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of checkpoints and previews out."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def record(self, step: int, lr: float, epoch: float) -> dict[str, Any]:
+        """One record of metrics.jsonl, and begin anew; a level without samples is null. Collective."""
+        loss, count = parallel.all_reduce(self._sums).tolist()
+        values = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": self._grad_norms / self._steps, "lr": lr}
+        for level, (total, number) in enumerate(zip(loss, count, strict=True)):
+            values[f"loss_level_{level}"] = total / number if number else None
+        values["epoch"] = epoch
+        values["step_time"] = self.seconds / self._steps
+        values["images_per_second"] = self.batch_size * self._steps / self.seconds
+        self._sums.zero_()
+        self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
+        return values
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] (N, C, H, W) to bytes of the same shape, on the CPU."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
+    """Save images in [-1, 1] (N, C, H, W) as a grid; small ones are enlarged to about 64 pixels, to be read at once."""
+    enlarge = max(1, 64 // max(images.shape[-2:]))
+    if enlarge > 1:
+        images = F.interpolate(images.float(), scale_factor=enlarge, mode="bicubic")
+    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=128)
+    with complete_file(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
