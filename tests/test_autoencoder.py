@@ -19,7 +19,7 @@ from small_autoencoders import FACTOR, change_config, open_kl, save_kl, save_tin
 import autoencoder as room
 from autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
 from train_utils import use_precision
-from transport import sample_generators
+from runtime.rng import sample_generators
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from benchmarks import data as benchmark
 from data import StepSampler, TrainingStream, as_it_is, open_dataset, training_loader
 from latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
-from transport import sample_generators
+from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
 SCALE, SHIFT = 0.5, (0.25, -1.0, 0.0, 2.0)

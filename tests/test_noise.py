@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from transport import GaussianNoise, randn, sample_generators
+from runtime.rng import sample_generators
+from transport import GaussianNoise, randn
 from transport.noise import rademacher
 
 SHAPE = (3, 5)

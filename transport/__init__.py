@@ -1,15 +1,19 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
-from transport.guidance import ClassifierFreeGuidance
-from transport.noise import GaussianNoise, randn, sample_generators
+from transport.guidance import ClassifierFreeGuidance, Guidance
+from transport.noise import GaussianNoise, randn
 from transport.paths import PATHS
-from transport.sampler import DIFFUSION_FORMS, LAST_STEPS, Sampler, bits_per_dim
+from transport.sampler import Sampler, bits_per_dim
 from transport.schedule import Interval, PatchSchedule
 from transport.solvers import (
     ADAPTIVE_METHODS,
+    DIFFUSION_FORMS,
     FIXED_METHODS,
+    LAST_STEPS,
     NOISE_TO_DATA_METHODS,
+    ODE,
     ODE_METHODS,
+    SDE,
     SDE_METHODS,
     check_ode_method,
 )
@@ -22,12 +26,15 @@ __all__ = [
     "LAST_STEPS",
     "LOSS_WEIGHTS",
     "NOISE_TO_DATA_METHODS",
+    "ODE",
     "ODE_METHODS",
     "PATHS",
     "PREDICTIONS",
+    "SDE",
     "SDE_METHODS",
     "ClassifierFreeGuidance",
     "GaussianNoise",
+    "Guidance",
     "Interval",
     "PatchSchedule",
     "Sampler",
@@ -36,5 +43,4 @@ __all__ = [
     "check_ode_method",
     "create_transport",
     "randn",
-    "sample_generators",
 ]

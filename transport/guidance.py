@@ -3,12 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from transport.schedule import Interval
 from transport.transport import Model
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Settings of classifier-free guidance, for any network.
+
+    Args:
+        scales:   one scale, or one per level, coarsest first; 1 is none, and costs one evaluation
+        channels: guide only the first channels and leave the rest conditional (DiT and SiT: 3); None for all
+        interval: guide only for t in (low, high) (arXiv:2404.07724); None for all times
+
+    Raises:
+        ValueError: if there is no scale or channel, or the interval is empty.
+    """
+
+    scales: float | tuple[float, ...] = 1.0
+    channels: int | None = None
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        scales = (self.scales,) if isinstance(self.scales, (int, float)) else tuple(self.scales)
+        object.__setattr__(self, "scales", tuple(float(scale) for scale in scales))
+        if not self.scales:
+            raise ValueError("no guidance scale: give one, or one per level")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance must act on at least one channel, got {self.channels}")
+        if self.interval is not None:
+            object.__setattr__(self, "interval", tuple(self.interval))
+            if not self.interval[0] < self.interval[1]:
+                raise ValueError(f"the guidance interval {self.interval} is empty: give low < high")
+
+    def of(self, model: Model) -> ClassifierFreeGuidance:
+        """The guided network.
+
+        Raises:
+            ValueError: if the model has fewer channels, or another number of levels than there are scales.
+        """
+        channels = getattr(model, "in_channels", None)
+        if self.channels is not None and channels is not None and self.channels > channels:
+            raise ValueError(f"guidance of {self.channels} channels, but the model has {channels} channel(s)")
+        return ClassifierFreeGuidance(model, self.scales, model.num_classes, self.channels, self.interval)
 
 
 class ClassifierFreeGuidance:

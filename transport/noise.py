@@ -1,28 +1,14 @@
-"""The distribution of x_0, and random numbers that depend on a sample's number alone."""
+"""The distribution of x_0, and normal numbers from one generator or from one per sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 # One generator for a batch, or one for each sample of it.
 Generator = torch.Generator | Sequence[torch.Generator] | None
-
-
-def sample_generators(seed: int, indices: Iterable[int], stream: int = 0) -> list[torch.Generator]:
-    """One CPU generator per sample: what sample i draws depends on (seed, stream, i), not on batch or rank.
-
-    Args:
-        seed:    the experiment's seed, non-negative
-        indices: numbers of the samples in this batch
-        stream:  separates uses of the same (seed, i), such as one training step from the next
-    """
-    # torch seeds its CPU generator from 32 bits, where hashes of many indices would collide; an odd stride cannot.
-    first, stride = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2))
-    return [torch.Generator().manual_seed((first + index * (stride | 1)) % 2**32) for index in indices]
 
 
 def randn(

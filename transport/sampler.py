@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -11,11 +12,9 @@ import torch
 from transport.noise import Generator, rademacher
 from transport.paths import like
 from transport.schedule import Interval
-from transport.solvers import check_ode_method, solve_dpmpp_2m, solve_ode, solve_sde
+from transport.solvers import DIFFUSION_FORMS, ODE, SDE, check_ode_method, solve_dpmpp_2m, solve_ode, solve_sde
 from transport.transport import Model, Transport
 
-DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 SDE_EPS = 1e-3  # distance of the SDE from an end at which its drift is singular
 
 
@@ -31,6 +30,20 @@ class Sampler:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+
+    def sample(
+        self,
+        model: Model,
+        x0: torch.Tensor,
+        solver: ODE | SDE,
+        y: torch.Tensor | None = None,
+        generator: Generator = None,
+    ) -> torch.Tensor:
+        """Data (N, ...) from noise x0 (N, ...) as the solver's settings say; the generator is the SDE's."""
+        settings = asdict(solver)
+        if isinstance(solver, SDE):
+            return self.sample_sde(model, x0, **settings, generator=generator, y=y)
+        return self.sample_ode(model, x0, **settings, y=y)
 
     # -- ODE -----------------------------------------------------------------------------------------------------
 
@@ -118,7 +131,8 @@ class Sampler:
         Raises:
             ValueError: if a name is unknown, a number is out of range, or the last step crosses a level edge.
         """
-        start, stop = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
+        SDE(method, num_steps, diffusion_form, diffusion_norm, last_step, last_step_size)  # refuses wrong values
+        start, stop = self._sde_interval(diffusion_form, last_step, last_step_size)
         x = x0 * self._boundary(start)
         plan = self._plan(model, start, stop, num_steps, reserve=0 if last_step is None else 1)
         for interval, steps in plan:
@@ -138,30 +152,9 @@ class Sampler:
 
     def diffusion(self, t: torch.Tensor, form: str, norm: float = 1.0) -> torch.Tensor:
         """The diffusion coefficient w_t (SiT, table 2), of the shape of t."""
-        c = self.transport.path.coefficients(t)
-        if form == "constant":
-            w = torch.ones_like(t)
-        elif form == "SBDM":
-            w = c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma)
-        elif form == "sigma":
-            w = c.sigma
-        elif form == "linear":
-            w = 1 - t
-        elif form == "decreasing":
-            w = 0.25 * (torch.cos(math.pi * t) + 1) ** 2
-        else:
-            w = torch.sin(math.pi * t) ** 2
-        return norm * w
+        return norm * DIFFUSION_FORMS[form](self.transport.path.coefficients(t), t)
 
-    def _sde_interval(
-        self, form: str, norm: float, last_step: str | None, last_step_size: float
-    ) -> tuple[float, float]:
-        if form not in DIFFUSION_FORMS:
-            raise ValueError(f"unknown diffusion form {form!r}; choose one of {', '.join(DIFFUSION_FORMS)}")
-        if last_step not in LAST_STEPS:
-            raise ValueError(f"unknown last step {last_step!r}; choose one of {', '.join(map(str, LAST_STEPS))}")
-        if not norm >= 0:
-            raise ValueError(f"the diffusion norm must not be negative, got {norm}")
+    def _sde_interval(self, form: str, last_step: str | None, last_step_size: float) -> tuple[float, float]:
         start, stop = self.transport.sample_interval
         if form == "SBDM" and self.transport.path.name != "VP":  # w_t is infinite where alpha = 0
             start = max(start, SDE_EPS)

@@ -99,7 +99,7 @@ class PatchSchedule:
         pieces: dict[int, list[Interval]] = {}
         for interval in intervals:
             pieces.setdefault(interval.level, []).append(interval)
-        counts, note = _whole_numbers(num_steps), " (the last step apart)" if reserve else ""
+        counts, note = whole_numbers(num_steps), " (the last step apart)" if reserve else ""
         if isinstance(counts, int):
             lengths = [sum(interval.length for interval in group) for group in pieces.values()]
             shares = _share(counts - reserve, lengths, [len(group) for group in pieces.values()], note)
@@ -115,8 +115,8 @@ class PatchSchedule:
         return [steps[interval] for interval in intervals]
 
 
-def _whole_numbers(num_steps: int | Sequence[int]) -> int | list[int]:
-    """The steps as plain integers (of numpy's, say), or ValueError."""
+def whole_numbers(num_steps: int | Sequence[int]) -> int | list[int]:
+    """Numbers of steps as plain integers (ValueError if they are not whole)."""
     try:
         return operator.index(num_steps)
     except TypeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from torchdiffeq import odeint
 
 from transport.noise import Generator, randn
+from transport.paths import Coefficients
+from transport.schedule import whole_numbers
 
 
 class Tableau(NamedTuple):
@@ -42,8 +45,100 @@ ODE_METHODS = (*FIXED_METHODS, *ADAPTIVE_METHODS)
 NOISE_TO_DATA_METHODS = ("dpmpp_2m",)  # the others solve any ODE, in either direction
 SDE_METHODS = ("Euler", "Heun")
 
+# w_t by the path's coefficients and t (SiT, table 2); every w_t >= 0 has the same marginals.
+DIFFUSION_FORMS: dict[str, Callable[[Coefficients, torch.Tensor], torch.Tensor]] = {
+    "constant": lambda c, t: torch.ones_like(t),
+    "SBDM": lambda c, t: c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma),
+    "sigma": lambda c, t: c.sigma,
+    "linear": lambda c, t: 1 - t,
+    "decreasing": lambda c, t: 0.25 * (torch.cos(math.pi * t) + 1) ** 2,
+    "increasing-decreasing": lambda c, t: torch.sin(math.pi * t) ** 2,
+}
+LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
+
 State = torch.Tensor | tuple[torch.Tensor, ...]
 Field = Callable[[torch.Tensor, State], State]  # (time as a 0-d tensor, state) -> derivative
+
+
+# -- Settings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ODE:
+    """How the probability-flow ODE is solved.
+
+    Args:
+        method:    one of ODE_METHODS
+        num_steps: steps of a fixed-step method over the whole trajectory, or one number per level; an adaptive method
+                   does not look at it
+        atol:      absolute tolerance of an adaptive method
+        rtol:      relative tolerance of an adaptive method
+
+    Raises:
+        ValueError: if the method is unknown or a number is out of range.
+    """
+
+    method: str = "ab2"
+    num_steps: int | tuple[int, ...] = 50
+    atol: float = 1e-6
+    rtol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.method not in ODE_METHODS:
+            raise ValueError(f"unknown ODE method {self.method!r}; choose one of {', '.join(ODE_METHODS)}")
+        _set_steps(self)
+        for name in ("atol", "rtol"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def adaptive(self) -> bool:
+        """True for a method that chooses its own steps, from the whole batch."""
+        return self.method in ADAPTIVE_METHODS
+
+
+@dataclass(frozen=True)
+class SDE:
+    """How the reverse SDE is solved: dx = [v(x, t) + w_t s(x, t)] dt + sqrt(2 w_t) dW (SiT, equation 4).
+
+    Args:
+        method:         "Euler" (Euler-Maruyama) or "Heun"
+        num_steps:      steps over the whole trajectory, the last one included, or one number per level
+        diffusion_form: w_t, one of DIFFUSION_FORMS
+        diffusion_norm: factor of w_t
+        last_step:      "Mean" (the drift alone), "Tweedie" (the expected data), "Euler" (the ODE), or None
+        last_step_size: length of the last step in t; without a last step it has no meaning
+
+    Raises:
+        ValueError: if a name is unknown or a number is out of range.
+    """
+
+    method: str = "Euler"
+    num_steps: int | tuple[int, ...] = 250
+    diffusion_form: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str | None = "Mean"
+    last_step_size: float = 0.04
+    adaptive = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", SDE_METHODS), ("diffusion_form", DIFFUSION_FORMS), ("last_step", LAST_STEPS)):
+            if getattr(self, name) not in known:
+                what = {"method": "SDE method"}.get(name, name.replace("_", " "))
+                raise ValueError(f"unknown {what} {getattr(self, name)!r}; choose one of {', '.join(map(str, known))}")
+        _set_steps(self)
+        if not self.diffusion_norm >= 0:
+            raise ValueError(f"the diffusion norm must not be negative, got {self.diffusion_norm}")
+        if self.last_step is not None and not 0 < self.last_step_size < 1:
+            raise ValueError(f"the last step's size must be in (0, 1), got {self.last_step_size}")
+
+
+def _set_steps(solver: ODE | SDE) -> None:
+    """Make num_steps plain numbers, which must be at least 1 (ValueError)."""
+    steps = whole_numbers(solver.num_steps)
+    if min([steps] if isinstance(steps, int) else steps, default=0) < 1:
+        raise ValueError(f"steps must be at least 1, got {solver.num_steps}")
+    object.__setattr__(solver, "num_steps", steps if isinstance(steps, int) else tuple(steps))
 
 
 # -- ODE -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,390 @@
+"""The Python door: a trained network with its process and its autoencoder. Labels in, images or log-densities out.
+
+pipe = Pipeline.load("PPF-XL-2").to("cuda", precision="bf16")
+images = pipe.images([207, 360], ODE(num_steps=50), Guidance(4.0), seed=1)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from data.autoencoder import Autoencoder, RawLatents, Scaling, autoencoder_name, load_autoencoder, load_raw_latents
+from models import PyramidalPatchDiT
+from runtime.errors import note
+from runtime.rng import Stream, sample_generators
+from runtime.speed import compile_levels, use_precision
+from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
+from transport.solvers import check_ode_method
+from weights.files import load_pretrained
+
+DEFAULT_ODE = ODE()
+UNGUIDED = Guidance()
+LIKELIHOOD_SOLVER = ODE("dopri5", atol=1e-5, rtol=1e-5)
+Solver = ODE | SDE
+
+
+class Pipeline:
+    """A trained network, the process it was trained for, and the autoencoder of its latents.
+
+    Args:
+        model:       the network
+        transport:   the process
+        autoencoder: or its name ("none" for pixels): it is then read or fetched when first needed
+        scaling:     of the latents, where it is not the autoencoder's own
+        name:        of the network, for people
+        step:        of training; 0 if unknown
+        changed:     settings of the process that `load` changed
+    """
+
+    def __init__(
+        self,
+        model: PyramidalPatchDiT,
+        transport: Transport,
+        autoencoder: Autoencoder | RawLatents | str = "none",
+        scaling: Scaling | None = None,
+        name: str = "",
+        step: int = 0,
+        changed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.transport = transport
+        self.name = name
+        self.step = step
+        self.scaling = scaling
+        self.changed = dict(changed or {})
+        self.precision = "fp32"
+        self._autoencoder = autoencoder
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "PPF-XL-2",
+        weights: str = "ema",
+        vae: str | None = None,
+        level_edges: Sequence[float] | None = None,
+        process: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        **overrides: Any,
+    ) -> Pipeline:
+        """Read trained weights, onto the CPU.
+
+        Args:
+            source:      a published name, a file of any layout, a run's folder, or a folder of save_pretrained
+            weights:     "ema", or "model" for the last ones of a training checkpoint
+            vae:         another autoencoder than the weights': "ema", "mse", a hub id or a local folder
+            level_edges: other times at which the patch size changes
+            process:     other arguments of create_transport, for files that say nothing of theirs
+            cache_dir:   where downloads are kept
+            overrides:   arguments of the network that win over the file's, as num_heads
+
+        Raises:
+            FileNotFoundError: if there is no such file or published model.
+            ValueError:        if the file is damaged, or does not fit what else is given.
+            ConnectionError:   if a download fails.
+        """
+        file = load_pretrained(source, weights, cache_dir, **overrides)
+        own = create_transport(**file.transport, check_ends=False)
+        config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
+        given = {name: value for name, value in (process or {}).items() if value is not None}
+        if own.sampling_singularity() and "sample_eps" not in given:
+            config["sample_eps"], before = None, own.sample_eps
+            own = create_transport(**config)
+            note(f"{source} has sample_eps {before:g}, from which no solver can start: {own.sample_eps:g} is used")
+        if level_edges is not None:
+            given["level_edges"] = level_edges
+        transport = create_transport(**config | given)
+        transport.check_levels(file.model)
+        before, after = (
+            {"path_type": each.path.name, "prediction": each.prediction, "sample_eps": each.sample_eps}
+            for each in (own, transport)
+        )
+        changed = {name: value for name, value in after.items() if value != before[name]}
+        scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
+        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed)
+
+    def to(self, device: str | torch.device, precision: str = "fp32", compile: bool = False) -> Pipeline:
+        """Prepare the network for a device, in place; solvers compute in fp32 whatever the precision.
+
+        Args:
+            precision: "fp32", "tf32" or "bf16"
+            compile:   compile the blocks: seconds of waiting at the first evaluation, then faster ones
+
+        Raises:
+            ValueError: if the weights were rounded to bf16 before.
+        """
+        if self.precision == "bf16" and precision != "bf16":
+            raise ValueError("the weights are in bf16 already: load them again for another precision")
+        self.model.to(device).eval().requires_grad_(False)
+        self.precision = precision
+        if precision == "bf16":
+            self.model.blocks.bfloat16()  # once, where autocast would at every evaluation; they hold linear layers alone
+        if compile:
+            torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
+            compile_levels(self.model, tell=note)
+        if not isinstance(self._autoencoder, str):
+            self._autoencoder = self._autoencoder.to(device)
+        return self
+
+    # -- Parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def autoencoder(self) -> Autoencoder | RawLatents:
+        """The autoencoder, with the scaling that the weights were trained with.
+
+        Raises:
+            ValueError: if it cannot be had, or has other channels than the network.
+        """
+        if isinstance(self._autoencoder, str):
+            autoencoder = load_autoencoder(self._autoencoder, self.device)
+            if self.scaling is not None and autoencoder.name != "none":
+                autoencoder = autoencoder.with_scaling(self.scaling)
+            self._autoencoder = autoencoder
+        if self._autoencoder.channels not in (None, self.model.in_channels):
+            raise ValueError(
+                f"the autoencoder {self._autoencoder.name} has {self._autoencoder.channels} channels, "
+                f"{self.name} {self.model.in_channels}"
+            )
+        return self._autoencoder
+
+    def keep_latents(self, vae: str | None = None) -> None:
+        """From here on samples stay latents, scaled as their autoencoder decodes them; it need not be here.
+
+        Args:
+            vae: whose config tells the scaling, where the weights' file does not
+
+        Raises:
+            ValueError: if nothing tells how the latents are scaled.
+        """
+        name = self._autoencoder if isinstance(self._autoencoder, str) else self._autoencoder.name
+        if self.scaling is not None:
+            if vae is not None:
+                raise ValueError(f"{self.name} knows how its latents are scaled: leave --vae out with --latents")
+            self._autoencoder = RawLatents(name, self.scaling)
+            return
+        name = autoencoder_name(vae or name)
+        if name == "none":
+            raise ValueError(
+                f"{self.name} makes images, or does not tell how its latents are scaled: leave --latents out, "
+                "or give --vae"
+            )
+        self._autoencoder = load_raw_latents(name)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = self.model.input_size
+        return height * self.autoencoder.factor, width * self.autoencoder.factor
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the images."""
+        return self.model.in_channels if self.autoencoder.name == "none" else 3
+
+    # -- Samples -------------------------------------------------------------------------------------------------
+
+    def images(
+        self,
+        labels: Sequence[int],
+        solver: Solver = DEFAULT_ODE,
+        guidance: Guidance = UNGUIDED,
+        seed: int = 0,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Draw images (N, C, H, W) in about [-1, 1]; see `latents`."""
+        return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed))
+
+    @torch.no_grad()
+    def latents(
+        self,
+        labels: Sequence[int],
+        solver: Solver = DEFAULT_ODE,
+        guidance: Guidance = UNGUIDED,
+        generators: Sequence[torch.Generator] | None = None,
+        seed: int = 0,
+        x0: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Draw samples (N, C, h, w) as the network sees them.
+
+        Args:
+            labels:     N class ids
+            generators: of noise and increments, one per sample; then sample i depends on its own alone (but for
+                        adaptive solvers, whose steps follow the batch)
+            seed:       of the generators where none are given
+            x0:         (N, C, h, w) noise to start from, instead of the generators'
+
+        Raises:
+            ValueError: if the solver or the guidance does not fit the network.
+            FloatingPointError: if the solver fails, or a sample is not finite.
+        """
+        if generators is None:
+            generators = sample_generators(seed, range(len(labels)), Stream.SAMPLES)
+        if x0 is None:
+            shape = (len(labels), self.model.in_channels, *self.model.input_size)
+            x0 = self.transport.noise.sample(shape, generators, self.device)
+        y = torch.as_tensor(labels, device=self.device)
+        network, sampler = guidance.of(self.model), Sampler(self.transport)
+        return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators))
+
+    @torch.no_grad()
+    def noise(
+        self,
+        x1: torch.Tensor,
+        labels: Sequence[int],
+        solver: ODE = DEFAULT_ODE,
+        guidance: Guidance = UNGUIDED,
+    ) -> torch.Tensor:
+        """Follow the ODE from data x1 (N, C, h, w) back to noise of the same shape; raises as `latents`."""
+        y = torch.as_tensor(labels, device=self.device)
+        network, sampler = guidance.of(self.model), Sampler(self.transport)
+        settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
+        return self._solve(
+            "noise's values", solver, lambda: sampler.sample_ode(network, x1, **settings, y=y, reverse=True)
+        )
+
+    def log_prob(
+        self,
+        x1: torch.Tensor,
+        labels: Sequence[int],
+        solver: ODE = LIKELIHOOD_SOLVER,
+        guidance: Guidance = UNGUIDED,
+        num_probes: int = 1,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Log-density in nats (N,) of data x1 (N, C, h, w), as the network sees it; raises as `latents`.
+
+        Args:
+            num_probes: probes averaged for the divergence
+            generators: of the probes, one per sample
+        """
+        y = torch.as_tensor(labels, device=self.device)
+        network, sampler = guidance.of(self.model), Sampler(self.transport)
+        settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
+        settings |= {"num_probes": num_probes, "generator": generators}
+        return self._solve("log-densities", solver, lambda: sampler.log_likelihood(network, x1, y, **settings)[0])
+
+    def _solve(self, what: str, solver: Solver, solve: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The solver's result, in the network's precision, if it comes to an end and all of it is finite."""
+        try:
+            with use_precision(self.precision, self.device):
+                result = solve()
+            if result.isfinite().all():
+                return result
+            reason = f"the {what} are not finite"
+        except FloatingPointError as error:
+            reason = str(error)
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(
+                f"{reason}, and nor are the weights of {self.name} at step {self.step}: "
+                "give a checkpoint from before the training diverged"
+            )
+        advice = "try another method" if solver.adaptive else "take more steps"
+        raise FloatingPointError(f"{reason}: lower the guidance scale, or {advice}")
+
+    # -- Variants ------------------------------------------------------------------------------------------------
+
+    def check(
+        self,
+        solver: Solver = DEFAULT_ODE,
+        guidance: Guidance = UNGUIDED,
+        noise_to_data: bool = True,
+    ) -> None:
+        """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
+
+        Args:
+            noise_to_data: samples are all that is wanted, no likelihood and no way back
+        """
+        if isinstance(solver, ODE):
+            check_ode_method(solver.method, noise_to_data)
+        self._with_model(_Zero(self.model)).latents([0], solver, guidance)
+
+    def finest_only(self) -> Pipeline:
+        """The same network at its finest level all the way: what the pyramid saves on."""
+        other = self._with_model(_FinestLevel(self.model))
+        process = self.transport
+        other.transport = create_transport(
+            process.path.name,
+            process.prediction,
+            process.loss_weight,
+            process.train_eps,
+            process.sample_eps,
+            check_ends=False,
+        )
+        return other
+
+    def counted(self, progress: tqdm | None = None) -> Pipeline:
+        """The same with an EvaluationCounter for a network."""
+        return self._with_model(EvaluationCounter(self.model, progress))
+
+    def _with_model(self, model: nn.Module | _Wrapper) -> Pipeline:
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks around a network
+
+
+class _Wrapper:
+    """A network around another one, with all of its attributes."""
+
+    def __init__(self, model: PyramidalPatchDiT) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+
+class EvaluationCounter(_Wrapper):
+    """A network that counts its evaluations, level by level, and moves a progress bar.
+
+    Args:
+        model:    the network
+        progress: updated by one for each call
+    """
+
+    def __init__(self, model: PyramidalPatchDiT, progress: tqdm | None = None) -> None:
+        super().__init__(model)
+        self.progress = progress
+        self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        self.rows[level] += len(x)
+        if self.progress is not None:
+            self.progress.update(1)
+        return self.model(x, t, y=y, level=level)
+
+    def nfe(self, num_samples: int) -> float:
+        """Network evaluations per sample."""
+        return sum(self.rows) / num_samples
+
+    def gmacs(self, num_samples: int) -> float:
+        """Billions of multiply-accumulates per sample."""
+        return sum(rows * self.model.macs(level) for level, rows in enumerate(self.rows)) / num_samples / 1e9
+
+
+class _FinestLevel(_Wrapper):
+    num_levels = 1
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        return self.model(x, t, y=y, level=self.model.num_levels - 1)
+
+    def macs(self, level: int) -> int:
+        return self.model.macs(self.model.num_levels - 1)
+
+
+class _Zero(_Wrapper):
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
+        return torch.zeros_like(x)
