@@ -9,22 +9,28 @@ Letters in the shapes: N samples, C channels, H x W input, (p, q) patch, T = (H/
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from positions import level_position_embedding
 
 FREQUENCY_FEATURES = 256  # sinusoidal features of t
 
 # ---------------------------------------------------------------------------------------------------------------
-# Patches and positions
+# Patches
 
 
 def patchify(x: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -42,27 +48,6 @@ def unpatchify(tokens: torch.Tensor, patch_size: tuple[int, int], size: tuple[in
     c = features // (p * q)
     x = tokens.reshape(n, h // p, w // q, p, q, c)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
-
-
-def sincos_position_embedding(dim: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Fixed 2-D sine-cosine embedding of MAE (arXiv:2111.06377).
-
-    Args:
-        dim:     channels D, divisible by 4; the first half embeds the column, the second half the row
-        rows:    (R,) row coordinates
-        columns: (S,) column coordinates
-
-    Returns:
-        (R*S, D) float32, tokens in raster order.
-    """
-
-    def embed(position: torch.Tensor) -> torch.Tensor:  # (M,) -> (M, D/2)
-        omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-        angle = position.double()[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.cat([embed(column.reshape(-1)), embed(row.reshape(-1))], dim=1).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,17 +177,11 @@ appears: PPFlow ([arXiv:2506.23543](https://arxiv.org/abs/2506.23543)), and with
 {{ shape }}
 
 ```python
-import torch
-from models import PyramidalPatchDiT
-from transport import ClassifierFreeGuidance, PatchSchedule, Sampler, create_transport
+from pipeline import Pipeline
+from transport import ODE, Guidance
 
-model = PyramidalPatchDiT.from_pretrained("{{ repo_id | default("path/or/repository", true) }}")
-transport = create_transport(level_edges=PatchSchedule.default(model.num_levels).level_edges)
-guided = ClassifierFreeGuidance(model, scales=(4.0,), null_class=model.num_classes)
-y = torch.tensor([0])
-x0 = torch.randn(len(y), model.in_channels, *model.input_size)
-with torch.no_grad():
-    x1 = Sampler(transport).sample_ode(guided, x0, num_steps=50, y=y)
+pipe = Pipeline.load("{{ repo_id | default("path/or/repository", true) }}")
+x1 = pipe.latents([0], ODE(num_steps=50), Guidance(4.0), seed=1)
 ```
 """
 
@@ -270,8 +249,9 @@ class PyramidalPatchDiT(
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
         # Derived from the token grid, so not part of the state dict.
-        for level in range(self.num_levels):
-            self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
+        for level, patch_size in enumerate(self.patch_sizes):
+            positions = level_position_embedding(hidden_size, self.input_size, patch_size, self.patch_sizes[-1])
+            self.register_buffer(f"pos_embed_{level}", positions, persistent=False)
         self.initialize_weights()
         self._hub_mixin_config = self.config  # what save_pretrained writes: plain numbers, whatever was passed
 
@@ -291,16 +271,6 @@ class PyramidalPatchDiT(
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
-
-    def position_embedding(self, level: int) -> torch.Tensor:
-        """(T, D) sine-cosine embedding of a level's token grid, measured in tokens of the finest level.
-
-        A coarse token sits where its top-left fine token does: 0, 2, 4, ... when it is twice as large.
-        """
-        (h, w), (p, q), (fine_p, fine_q) = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
-        rows = torch.arange(h // p, dtype=torch.float64) * p / fine_p
-        columns = torch.arange(w // q, dtype=torch.float64) * q / fine_q
-        return sincos_position_embedding(self.hidden_size, rows, columns)
 
     def initialize_weights(self) -> None:
         """Xavier-uniform linears with zero bias, tables and time MLP normal(0.02), modulation and heads zero (DiT)."""
@@ -345,12 +315,7 @@ class PyramidalPatchDiT(
 
     def macs(self, level: int) -> int:
         """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included."""
-        d, t, (p, q) = self.hidden_size, self.num_tokens(level), self.patch_sizes[level]
-        inner = int(d * self.mlp_ratio)
-        block = t * (4 * d * d + 2 * d * inner) + 2 * t * t * d + 6 * d * d  # linears, attention, modulation
-        head_features = p * q * self.in_channels * (2 if self.learn_sigma else 1)
-        embed = t * d * p * q * self.in_channels + FREQUENCY_FEATURES * d + d * d
-        return embed + self.depth * block + 2 * d * d + t * d * head_features
+        return _macs(json.dumps(self.config))[level]
 
     def level_parameters(self, level: int) -> list[nn.Parameter]:
         """The parameters that no other level uses: the level's patch embedding and head."""
@@ -437,6 +402,21 @@ class PyramidalPatchDiT(
             out = unpatchify(self.final_layer(tokens, condition, level), self.patch_sizes[level], self.input_size)
             outputs.append(out[:, : self.in_channels].to(x.dtype))  # bf16 under autocast; what follows is not
         return outputs
+
+
+@lru_cache
+def _macs(config: str) -> list[int]:
+    """Half the FLOPs that torch counts at each level, in a network without numbers."""
+    with torch.device("meta"):
+        model = PyramidalPatchDiT(**json.loads(config))
+        x, t, y = torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        counts = []
+        for level in range(model.num_levels):
+            # Plain attention, whose products the counter of torch 2.6 sees on every device
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(x, t, y, level=level)
+            counts.append(counter.get_total_flops() // 2)
+    return counts
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,41 +1,43 @@
-"""What the scripts share: errors, flags, processes, EMA, files, logs and pictures."""
+"""The commands' flags: the parser, types, groups of flags, and the values that they become."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import json
 import math
 import os
-import re
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import make_grid
-from tqdm import tqdm
+from runtime.errors import UserError, note
+from runtime.speed import PRECISIONS
+from transport import (
+    DIFFUSION_FORMS,
+    LAST_STEPS,
+    ODE,
+    ODE_METHODS,
+    PATHS,
+    PREDICTIONS,
+    SDE,
+    SDE_METHODS,
+    Guidance,
+    PatchSchedule,
+)
 
-from transport import PATHS, PREDICTIONS, ClassifierFreeGuidance, PatchSchedule
+IMAGENET_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's selection
+SHOWN_METHODS = ("ab2", "dpmpp_2m", "euler")
 
 # ---------------------------------------------------------------------------------------------------------------
-# Flags
+# Parser and types
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not None, not False."""
+    """Show defaults that say something and that the help text does not tell: not None, False or a list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        silent = (
+            action.default in (None, False) or isinstance(action.default, list) or "(default" in (action.help or "")
+        )
+        return action.help if silent else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -48,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_with_given(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-        """Parse, and tell which flags were given rather than left at their default."""
+        """Parse; also returns the names of the flags that were given rather than left at their default."""
         absent = object()
         names = [action.dest for action in self._actions if action.dest != "help"]
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
@@ -60,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_ends: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a number of the kind between low and high."""
+    """Argparse type for a number of the kind between low and high."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -69,23 +71,23 @@ def number(kind: type, low: float, high: float = float("inf"), open_ends: bool =
             raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if open_ends and low == 0 else bounds}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names the type in its message
     return parse
 
 
 def finite_float(text: str) -> float:
-    """An argparse type: a number that is neither infinite nor NaN."""
+    """Argparse type for a number that is neither infinite nor NaN."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
 
 
-finite_float.__name__ = "float"  # argparse names the type in its message
+finite_float.__name__ = "float"
 
 
 def some_text(text: str) -> str:
-    """An argparse type: text that is not empty, as an unset variable of the shell is."""
+    """Argparse type for a non-empty string (catches --ckpt "$UNSET")."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
@@ -109,44 +111,289 @@ def optional_choice(*choices: str) -> dict[str, Any]:
     return {"type": parse, "metavar": "{" + ",".join(("None", *choices)) + "}"}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Flags of training
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    """Add the data, the network and the folder of a run."""
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--data-path",
+        type=some_text,
+        help="'digits', a folder of class folders, a zip file, or latents (default: that of the run that is continued)",
+    )
+    add("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2")
+    add("--patch-level", type=positive_int, help="number of levels, checked against --model's")
+    add("--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)")
+    add("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
+    add(
+        "--vae",
+        type=some_text,
+        help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none for pixels (default: "
+        "none for digits, that of the latents for latents, else ema)",
+    )
+    add("--results-dir", type=some_text, default="results", help="where a new numbered run folder is made")
+    add("--run-dir", type=some_text, help="the run's folder; a run that is in it is continued")
+    add("--ckpt", type=some_text, help="continue from this checkpoint, with the settings stored in it")
+    add(
+        "--initialize_from",
+        "--initialize-from",
+        type=some_text,
+        metavar="WEIGHTS",
+        help="pretrained weights to start from: a name (SiT-XL/2), or a file of any layout",
+    )
+
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """Add the optimizer, the length of training, and how it computes."""
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, default=1400, help="passes over the data")
+    add("--max-steps", type=positive_int, help="optimizer steps; instead of --epochs")
+    add("--global-batch-size", type=positive_int, default=256, help="samples per step, all processes")
+    add(
+        "--gradient-accumulation-steps",
+        type=positive_int,
+        default=1,
+        help="forward and backward passes per optimizer step: less memory, the same result",
+    )
+    add("--lr", type=positive_float, default=1e-4, help="AdamW's learning rate")
+    add("--weight-decay", type=natural_float, default=0.0, help="AdamW's weight decay")
+    add("--warmup-steps", type=natural_int, default=0, help="steps of linear warm-up")
+    add("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
+    add("--ema-decay", type=probability, default=0.9999, help="decay of the weights' average")
+    add("--class-dropout-prob", type=probability, default=0.1, help="probability of dropping the label, for guidance")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the network; weights and optimizer stay in fp32 (default: bf16 on CUDA, fp32 on the CPU)",
+    )
+    add("--compile", action="store_true", help="compile the blocks first: a minute of waiting, then faster steps")
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="keep only the inputs of blocks for the backward pass: a fraction of the memory, a third more time",
+    )
+    add(
+        "--shard",
+        action="store_true",
+        help="divide weights, gradients, moments and EMA among the processes (FSDP2): for what does not fit; the "
+        "losses stay the same",
+    )
+    add(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on CUDA, the same bits in every repetition, for some speed; on CPUs they always are",
+    )
+    add("--global-seed", type=natural_int, default=0, help="seed of everything random")
+    add("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1), help="data loading processes per rank")
+
+
+def add_logging_args(parser: argparse.ArgumentParser) -> None:
+    """Add intervals of records, checkpoints and previews."""
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-every", type=positive_int, default=100, help="steps between lines of metrics")
+    add("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints")
+    add("--keep-last", type=positive_int, metavar="K", help="delete all but the last K checkpoints (default: keep all)")
+    add(
+        "--keep-every",
+        type=positive_int,
+        metavar="M",
+        help="with --keep-last, keep those of every M-th step as well",
+    )
+    add(
+        "--sample-every",
+        type=natural_int,
+        default=10_000,
+        help="steps between grids of EMA samples; 0 for none at all",
+    )
+    add("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags of the process, its solvers and guidance, and their values
+
+
 def add_transport_args(parser: argparse.ArgumentParser) -> None:
-    """--path-type and the other flags of create_transport."""
-    group = parser.add_argument_group("transport")
-    group.add_argument("--path-type", choices=list(PATHS), default="Linear", help="interpolant between noise and data")
-    group.add_argument("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
-    weights = optional_choice("velocity", "likelihood")
-    group.add_argument("--loss-weight", default=None, help="weight of the loss over time", **weights)
-    group.add_argument("--train-eps", type=finite_float, help="distance of training from singular ends of [0, 1]")
-    group.add_argument("--sample-eps", type=finite_float, help="the same in sampling")
-    add_level_edges(group)
+    """Add --path-type and the other arguments of create_transport, as training chooses them."""
+    add = parser.add_argument_group("transport").add_argument
+    add("--path-type", choices=list(PATHS), default="Linear", help="interpolant between noise and data")
+    add("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
+    add("--loss-weight", help="weight of the loss over time", **optional_choice("velocity", "likelihood"))
+    add("--train-eps", type=finite_float, help="distance of training from singular ends of [0, 1]")
+    add("--sample-eps", type=finite_float, help="the same in sampling")
+    add(
+        "--level-edges",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)",
+    )
 
 
-def add_level_edges(parser: argparse._ActionsContainer) -> None:
-    """--level-edges, which training and sampling share."""
-    text = "times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)"
-    parser.add_argument("--level-edges", type=float, nargs="+", metavar="T", help=text)
+PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
 
 
-def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, note: str = "") -> None:
-    """--cfg-scales and its companions."""
-    group = parser.add_argument_group("guidance")
-    text = "classifier-free guidance scale: one, or one per level (coarsest first); 1 is none"
-    group.add_argument("--cfg-scales", "--cfg-scale", type=finite_float, nargs="+", metavar="W",
-                       default=default and [default], help=f"{text} ({note})" if note else text)  # fmt: skip
-    group.add_argument("--cfg-channels", type=positive_int, metavar="C",
-                       help="guide only the first C channels (DiT, SiT and PPFlow's published numbers: 3)")  # fmt: skip
-    group.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="guide only for t between LOW and HIGH (0 is noise, 1 is data)")  # fmt: skip
+def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
+    """Arguments of create_transport: the flags', with the paper's edges where --level-edges is not given."""
+    edges = PatchSchedule.default(num_levels).level_edges if args.level_edges is None else args.level_edges
+    return {**{name: getattr(args, name) for name in PROCESS_FLAGS}, "level_edges": list(edges)}
 
 
-def guided(model: nn.Module, args: argparse.Namespace) -> ClassifierFreeGuidance:
-    """The model under the guidance that --cfg-scales and its companions ask for."""
+def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
+    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--ckpt",
+        type=some_text,
+        help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file in the layout of SiT or "
+        "PPFlow (default: the published weights of --model)",
+    )
+    add("--model", help="name of the model, checked against --ckpt (default without --ckpt: PPF-XL-2)")
+    add("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
+    add("--num-classes", type=positive_int, help="number of classes, checked against the checkpoint")
+    add("--vae", type=some_text, help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the network; solvers compute in fp32 (default: tf32 on CUDA, else fp32)",
+    )
+    add("--compile", action="store_true", help="compile the blocks first: seconds of waiting, then faster evaluations")
+    add = parser.add_argument_group(
+        "process", "as given to train.py; a checkpoint tells them, and they are checked against it (but --sample-eps)"
+    ).add_argument
+    add("--path-type", choices=list(PATHS), help="interpolant between noise and data")
+    add("--prediction", choices=PREDICTIONS, help="what the network predicts")
+    add("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
+    add("--train-eps", type=finite_float, help="of the training alone")
+    add("--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)")
+    add(
+        "--level-edges",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="other times at which the patch size changes, ascending (default: the checkpoint's)",
+    )
+    add_cfg_args(parser, cfg_scale, cfg_note)
+
+
+def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> None:
+    """Add --cfg-scales and its companions."""
+    add = parser.add_argument_group("guidance").add_argument
+    add(
+        "--cfg-scales",
+        "--cfg-scale",
+        type=finite_float,
+        nargs="+",
+        metavar="W",
+        default=default and [default],
+        help="classifier-free guidance scale: one, or one per level (coarsest first); 1 is none "
+        f"({default_note or f'default: {default:g}'})",
+    )
+    add(
+        "--cfg-channels",
+        type=positive_int,
+        metavar="C",
+        help="guide only the first C channels (DiT, SiT and PPFlow's published numbers: 3)",
+    )
+    add(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only for t between LOW and HIGH (0 is noise, 1 is data)",
+    )
+
+
+def guidance_from(args: argparse.Namespace, default: float = 1.0) -> Guidance:
+    """Guidance that --cfg-scales and its companions ask for (ValueError where they cannot)."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
-    if args.cfg_channels and args.cfg_channels > getattr(model, "in_channels", args.cfg_channels):
-        raise ValueError(f"--cfg-channels {args.cfg_channels}, but the model has {model.in_channels} channel(s)")
-    return ClassifierFreeGuidance(model, args.cfg_scales, model.num_classes, args.cfg_channels, interval)
+    return Guidance(tuple(args.cfg_scales or [default]), args.cfg_channels, interval)
 
 
-def level_edges_of(args: argparse.Namespace, num_levels: int) -> tuple[float, ...]:
-    """--level-edges, or the paper's for this number of levels."""
-    return PatchSchedule.default(num_levels).level_edges if args.level_edges is None else tuple(args.level_edges)
+def add_ode_args(parser: argparse.ArgumentParser, default: str = "ab2") -> None:
+    """Add the ODE solver's flags; `default` says which method is."""
+    others = ", ".join(method for method in ODE_METHODS if method not in SHOWN_METHODS)
+    add = parser.add_argument_group("ODE solver").add_argument
+    add(
+        "--sampling-method",
+        choices=ODE_METHODS,
+        metavar="METHOD",
+        help="one evaluation a step: ab2 (Adams-Bashforth), dpmpp_2m (DPM-Solver++(2M)), euler; more: "
+        f"{others} (default: {default})",
+    )
+    add(
+        "--num-sampling-steps",
+        type=positive_int,
+        nargs="+",
+        metavar="STEPS",
+        help="steps of a fixed-step method, over all or one number per level (default: 50)",
+    )
+    add("--atol", type=positive_float, help="absolute tolerance of an adaptive method (default: 1e-6)")
+    add("--rtol", type=positive_float, help="relative tolerance of an adaptive method (default: 1e-3)")
+
+
+def add_sde_args(parser: argparse.ArgumentParser) -> None:
+    """Add the SDE solver's flags."""
+    add = parser.add_argument_group("SDE solver").add_argument
+    add("--sampling-method", choices=SDE_METHODS, default="Euler", help="Euler-Maruyama or Heun")
+    add(
+        "--num-sampling-steps",
+        type=positive_int,
+        nargs="+",
+        metavar="STEPS",
+        default=[250],
+        help="steps over the whole trajectory, the last one included, or one number per level (default: 250)",
+    )
+    add("--diffusion-form", choices=list(DIFFUSION_FORMS), default="sigma", help="shape of w_t")
+    add("--diffusion-norm", type=natural_float, default=1.0, help="factor of w_t")
+    names = [name for name in LAST_STEPS if name]
+    add("--last-step", default="Mean", help="how the last stretch is taken", **optional_choice(*names))
+    add("--last-step-size", type=positive_float, help="length of the last step in t (default: 0.04)")
+
+
+def solver_from(args: argparse.Namespace, default: ODE | None = None) -> ODE | SDE:
+    """The solver that the flags of `sample.py ODE` or `sample.py SDE` ask for.
+
+    Args:
+        default: solver where no flag chooses one
+
+    Raises:
+        UserError:  if a flag would have no effect.
+        ValueError: if the values do not make a solver.
+    """
+    if args.mode == "SDE":
+        if args.last_step is None and args.last_step_size is not None:
+            raise UserError("--last-step-size has no effect with --last-step None: leave it out")
+        return SDE(
+            method=args.sampling_method,
+            num_steps=steps_from(args.num_sampling_steps),
+            diffusion_form=args.diffusion_form,
+            diffusion_norm=args.diffusion_norm,
+            last_step=args.last_step,
+            last_step_size=args.last_step_size or 0.04,
+        )
+    if default is None or args.sampling_method or args.num_sampling_steps:
+        default = ODE(args.sampling_method or "ab2")
+    if default.adaptive and args.num_sampling_steps:
+        note(f"{default.method} chooses its own steps: --num-sampling-steps has no effect")
+    for name in ("atol", "rtol"):
+        if not default.adaptive and getattr(args, name):
+            raise UserError(
+                f"--{name} has no effect with {default.method}, which takes --num-sampling-steps: leave it out, or "
+                "give --sampling-method dopri5 as well"
+            )
+    steps = None if default.adaptive else args.num_sampling_steps
+    return ODE(default.method, steps_from(steps or [50]), args.atol or default.atol, args.rtol or default.rtol)
+
+
+def steps_from(values: Sequence[int]) -> int | tuple[int, ...]:
+    """One number stands for the whole trajectory, several for one level each."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def preview_classes(num_classes: int) -> tuple[int, ...]:
+    """The classes to show: DiT's eight of ImageNet, else the first ten."""
+    return IMAGENET_CLASSES if num_classes == 1000 else tuple(range(min(10, num_classes)))
