@@ -161,7 +161,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 FREE_TO_CHANGE = {
     "epochs", "max_steps", "results_dir", "run_dir", "ckpt", "num_workers", "log_every", "ckpt_every", "sample_every",
     "keep_last", "keep_every", "cfg_scales", "cfg_channels", "cfg_interval", "wandb", "shard",
-    "compile", "activation_checkpointing", "joint_levels",
+    "compile", "activation_checkpointing", "joint_levels", "patch_level",
 }  # fmt: skip
 
 
