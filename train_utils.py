@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def note(message: str) -> None:
+    """Print a line that is no error, on the main process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {message}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,6 +281,25 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     """The autocast context of a precision; fp32 and tf32 set how CUDA multiplies matrices."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A line to print where a precision is slow: bf16 on a CPU without instructions for it; None if all is well.
+
+    The processor's flags are Linux's; where there are none, nothing is known and nothing is said.
+    """
+    if precision != "bf16" or device.type != "cpu":
+        return None
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+        if flags and not {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags[1].split()):
+            return (
+                "note: this CPU has no instructions for bf16, such as AVX512-bf16: --precision fp32 is far faster here"
+            )
+    return None
 
 
 def make_reproducible() -> None:

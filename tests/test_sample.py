@@ -177,7 +177,7 @@ def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path
 
 def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
-    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend=counter))
+    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     grids = {}
     for name, flags in {"plain": [], "compiled": ["--compile"], "bf16": ["--precision", "bf16"],
@@ -196,7 +196,7 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
 
 
 def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend="aot_eager"))
+    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend="aot_eager"))
     nats = []
     for flags in ([], ["--compile"]):
         out = tmp_path / "l.json"
