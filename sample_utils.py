@@ -195,9 +195,8 @@ def solved(
     if not all(parameter.isfinite().all() for parameter in trained.model.parameters()):
         weights = f"the weights of {trained.name} at step {trained.step} are not finite either"
         raise UserError(f"{reason}, and {weights}: give a checkpoint from before the training diverged")
-    raise UserError(
-        f"{reason}: lower --cfg-scales, or {'try another method' if is_adaptive(args) else 'take more steps'}"
-    )
+    advice = "give another --sampling-method, as ab2" if is_adaptive(args) else "take more steps"
+    raise UserError(f"{reason}: lower --cfg-scales, or {advice}")
 
 
 def follow_ode(

@@ -181,8 +181,8 @@ def test_another_number_of_threads_goes_on(large_weights: Path, tmp_path: Path, 
     try:
         for threads, samples in ((2, 1), (1, 2), (3, 3)):
             torch.set_num_threads(threads)
-            main(["ODE", "--ckpt", str(large_weights), "--num-fid-samples", str(samples), "--num-sampling-steps", "2",
-                  "--sample-dir", str(tmp_path / "samples")])  # fmt: skip
+            flags = ["--ckpt", str(large_weights), "--num-fid-samples", str(samples), "--num-sampling-steps", "2"]
+            main(["ODE", *flags, "--sample-dir", str(tmp_path / "samples")])
             assert f"1 of {samples} samples to make" in capsys.readouterr().out
     finally:
         torch.set_num_threads(before)
@@ -200,8 +200,8 @@ def test_the_fingerprint_is_of_names_and_bytes(tiny_run: Path) -> None:
 
 
 def test_it_is_of_the_weights_as_they_were_read(tiny_run: Path, samples: Path, tmp_path: Path) -> None:
-    main(["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "1", "--num-sampling-steps", "4", "--precision", "bf16",
-          "--sample-dir", str(tmp_path / "bf16")])  # fmt: skip
+    flags = ["--ckpt", str(tiny_run), "--num-fid-samples", "1", "--num-sampling-steps", "4", "--precision", "bf16"]
+    main(["ODE", *flags, "--sample-dir", str(tmp_path / "bf16")])
     assert settings_of(tmp_path / "bf16")["weights"] == settings_of(samples)["weights"]
 
 
@@ -229,8 +229,8 @@ def test_damaged_settings_are_named(samples: Path, tiny_run: Path, refuses) -> N
 def test_steps_that_an_adaptive_method_does_not_take_make_no_other_folder(
     tiny_run: Path, tmp_path: Path, capsys
 ) -> None:
-    flags = ["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "2", "--sampling-method", "bosh3",
-             "--sample-dir", str(tmp_path)]  # fmt: skip
+    flags = ["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "2", "--sample-dir", str(tmp_path)]
+    flags += ["--sampling-method", "bosh3"]
     main(flags)
     assert "note:" not in capsys.readouterr().out
     for steps in (["250"], ["1"], ["1", "2", "3"]):  # too few and too many for a method that took them
@@ -242,8 +242,8 @@ def test_steps_that_an_adaptive_method_does_not_take_make_no_other_folder(
 
 def test_a_sample_of_another_size_is_named(samples: Path, tiny_run: Path, refuses) -> None:
     Image.new("RGB", (9, 8)).save(store_of(samples).path(4))
-    line = refuses(main, "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
-                   "--sample-dir", samples)  # fmt: skip
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples]
+    line = refuses(main, "ODE", *flags)
     assert "sample 4 is (8, 9, 3) uint8, and the first (8, 8, 3) uint8: remove that folder" in line
 
 
@@ -265,8 +265,8 @@ def ends_without_traceback(*flags: object, limit: int | None = None) -> str:
 
 
 def test_other_settings_end_every_process(samples: Path, tiny_run: Path) -> None:
-    text = ends_without_traceback("--ckpt", tiny_run, "--label-sampling", "balanced", "--num-fid-samples", 11,
-                                  "--sample-dir", samples)  # fmt: skip
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 11, "--sample-dir", samples]
+    text = ends_without_traceback(*flags, "--label-sampling", "balanced")
     assert "label_sampling random, not balanced" in text
 
 
