@@ -112,6 +112,7 @@ def build_parser() -> ArgumentParser:
     run.add_argument(
         "--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)"
     )
+    run.add_argument("--patch-level", type=positive_int, help="number of levels, checked against --model's")
     run.add_argument("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
     run.add_argument("--vae", type=some_text,
                      help="autoencoder: ema or mse (Stable Diffusion's), a hub id, a local folder, or none for pixels "
@@ -212,7 +213,8 @@ def build(
     """Dataset, autoencoder, model and transport that the arguments ask for, and the config that describes them.
 
     Args:
-        pretrained: start from --initialize_from where it is given; a continued run does not
+        pretrained: start from --initialize_from where it is given; a continued run does not, and keeps what an earlier
+                    version allowed
     """
     with user_input():
         dataset, autoencoder = open_data(args, processes.device)
@@ -223,12 +225,17 @@ def build(
             raise ValueError(f"--num-classes {args.num_classes} is too few: {args.data_path} has {dataset.num_classes}")
         torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
         model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
+        if args.patch_level not in (None, model.num_levels):
+            raise ValueError(
+                f"--patch-level {args.patch_level}, but {args.model} has {model.num_levels} level(s): leave it out, or "
+                f"choose another --model (those of two levels end in -2, those of three in -3)"
+            )
         args.level_edges = list(level_edges_of(args, model.num_levels))
         if args.initialize_from and pretrained:
             initialize_levels(model, load_pretrained(args.initialize_from).model)
         names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "level_edges")
         transport_config = {name: getattr(args, name) for name in names}
-        transport = create_transport(**transport_config)
+        transport = create_transport(**transport_config, check_ends=pretrained)
         transport.check_levels(model)
         guided(model, args)
         passes = processes.world_size * args.gradient_accumulation_steps
@@ -402,8 +409,10 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
                  f"{' / '.join(str(model.num_tokens(level)) for level in range(model.num_levels))} tokens")  # fmt: skip
         log.text(f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes; "
                  f"{processes.world_size} process(es) on {device.type}, {args.precision}; {run_dir}")  # fmt: skip
-        for line in (*told, *changes, *filter(None, [precision_note(args.precision, device)])):
+        for line in (*told, *changes):
             log.text(f"warning: {line}")
+        if line := precision_note(args.precision, device):
+            log.text(line)
         if start_step:
             log.text(f"continuing from step {start_step}, {source}")
     writer = CheckpointWriter(run_dir, args.keep_last, args.keep_every, log.text if log else print)

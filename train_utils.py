@@ -113,6 +113,12 @@ def exit_alone(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def note(message: str) -> None:
+    """Print a line that is no error, on the main process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {message}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -395,6 +401,25 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A line to print where a precision is slow: bf16 on a CPU without instructions for it; None if all is well.
+
+    The processor's flags are Linux's; where there are none, nothing is known and nothing is said.
+    """
+    if precision != "bf16" or device.type != "cpu":
+        return None
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+        if flags and not {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags[1].split()):
+            return (
+                "note: this CPU has no instructions for bf16, such as AVX512-bf16: --precision fp32 is far faster here"
+            )
+    return None
+
+
 def set_determinism(device: torch.device, deterministic: bool) -> None:
     """Choose algorithms that give the same bits every time: always on the CPU, on CUDA where they are asked for.
 
@@ -625,7 +650,3 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
     grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=128)
     with complete_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
-
-
-def precision_note(precision: str, device: torch.device) -> str | None:
-    return None
