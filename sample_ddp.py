@@ -47,6 +47,8 @@ from train_utils import (
     ArgumentParser,
     Processes,
     UserError,
+    agree,
+    check_same_flags,
     complete_file,
     natural_int,
     on_main,
@@ -247,15 +249,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.precision = args.precision or ("tf32" if processes.device.type == "cuda" else "fp32")
     if processes.is_main and (line := precision_note(args.precision, processes.device)):
         print(line, flush=True)
-    with user_input():
+    check_same_flags(args, processes, but={"ckpt", "vae", "sample_dir"})
+
+    def load() -> TrainedModel:
         trained = load_trained(
             args, processes.device, pictures=not args.latents, latents=args.latents, identify=processes.is_main
         )
         dry_run(trained, args, processes.device)
+        return trained
+
+    trained = agree(load, processes)
     folder, missing = on_main(lambda: prepare(args, trained), processes)
     store = make_store(args, folder)
     generate(args, trained, store, missing, processes)
-    wait_for_all()
+    if dist.is_initialized():
+        dist.barrier()
     # The others are done. They do not wait for these files, which may take longer than a process group's patience.
     if processes.is_main:
         finish(args, trained, folder)
@@ -268,20 +276,6 @@ def prepare(args: argparse.Namespace, trained: TrainedModel) -> tuple[Path, list
     missing = [index for index in range(args.num_fid_samples) if index not in present]
     print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
     return folder, missing
-
-
-def wait_for_all() -> None:
-    """Wait until every process has made its samples.
-
-    Raises:
-        UserError: if one ended before; it has said why.
-    """
-    if not dist.is_initialized():
-        return
-    try:
-        dist.barrier()
-    except RuntimeError as error:
-        raise UserError("another process ended before its samples were made: see its line") from error
 
 
 def finish(args: argparse.Namespace, trained: TrainedModel, folder: Path) -> None:
