@@ -6,6 +6,7 @@ so that the network sees numbers of about unit variance.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -169,6 +170,26 @@ class LatentSpace:
         return torch.cat(_in_batches(lambda part: self.model.decode(part).sample.float(), z, pixels=height * width))
 
 
+@dataclass(frozen=True)
+class RawLatents:
+    """In an autoencoder's place: samples stay latents, scaled back to what their autoencoder decodes.
+
+    Args:
+        name:     the autoencoder's full name, or "none" where it is unknown
+        scaling:  between its latents and what the network sees
+        channels: its latents' channels; None where they are unknown
+    """
+
+    name: str
+    scaling: Scaling
+    channels: int | None = None
+    factor = 1
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Unscaled latents (N, C, h, w) in fp32."""
+        return self.scaling.invert(latents.float())
+
+
 def _in_batches(function: Callable[[torch.Tensor], Any], x: torch.Tensor, pixels: int) -> list[Any]:
     """Results of the function for parts of x (N, ...) that fit the memory; `pixels` is the size of one image."""
     results, first, size = [], 0, min(len(x), max(1, BATCH_PIXELS // pixels))
@@ -199,19 +220,33 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> Autoencode
         ValueError: if it cannot be found or fetched, or is of another kind.
     """
     name = autoencoder_name(vae)
-    if name == "none":
-        return PixelSpace()
-    if Path(name).is_dir():
-        return LatentSpace(name, _read_model(name).to(device))
-    try:  # without asking the hub, if it was fetched before
-        model = _read_model(name, local_files_only=True)
-    except ValueError:
-        model = _read_model(name)
-    return LatentSpace(name, model.to(device))
+    return PixelSpace() if name == "none" else LatentSpace(name, _find(name).to(device))
 
 
-def _read_model(name: str, **options: Any) -> torch.nn.Module:
-    """The diffusers model of a local folder or a hub id (ValueError, in one line, if that fails)."""
+def load_raw_latents(vae: str) -> RawLatents:
+    """The latents of --vae, which is not "none", without what decodes them: only its config is read, no weights.
+
+    Raises:
+        ValueError: as `load_autoencoder`.
+    """
+    name = autoencoder_name(vae)
+    config = _find(name, weights=False).config
+    return RawLatents(name, Scaling.from_config(config), config.latent_channels)
+
+
+def _find(name: str, weights: bool = True) -> torch.nn.Module:
+    """The diffusers model of a local folder or a hub id; the hub is not asked for what was fetched before."""
+    if not Path(name).is_dir():
+        with contextlib.suppress(ValueError):
+            return _read_model(name, weights, local_files_only=True)
+    return _read_model(name, weights)
+
+
+def _read_model(name: str, weights: bool, **options: Any) -> torch.nn.Module:
+    """The diffusers model of a local folder or a hub id (ValueError, in one line, if that fails).
+
+    Without weights its tensors are on the meta device.
+    """
     from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import
     from diffusers.utils import logging
     from huggingface_hub.utils import logging as hub_logging
@@ -223,7 +258,11 @@ def _read_model(name: str, **options: Any) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers and its hub disagree about arguments
-            kind = AutoencoderKL.load_config(name, **options).get("_class_name")
+            config = AutoencoderKL.load_config(name, **options)
+            kind = config.get("_class_name")
+            if kind in kinds and not weights:
+                with torch.device("meta"):
+                    return kinds[kind].from_config(config)
             if kind in kinds:
                 options |= {"torch_dtype": torch.float32, "output_loading_info": True}
                 model, info = kinds[kind].from_pretrained(name, **options)

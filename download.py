@@ -60,10 +60,15 @@ __all__ = ["PUBLISHED", "Pretrained", "download", "export_state_dict", "initiali
 
 
 class Published(NamedTuple):
-    """Weights that their authors offer."""
+    """Weights that their authors offer.
+
+    They publish no digests, so none is pinned: a download is known by its tensors' names and shapes, and its digest is
+    printed, to be compared with what others got. A digest given here is checked before the file gets its name.
+    """
 
     file: str
     url: str
+    sha256: str | None = None
 
 
 # From the READMEs of PPFlow and SiT; dl=1 asks Dropbox for the file, not for a page about it.
@@ -93,6 +98,7 @@ class Pretrained(NamedTuple):
     name: str  # in the registry where the sizes are there, else a description
     step: int  # of training; 0 if unknown
     scaling: dict[str, Any] | None = None  # of the latents, where it is not the autoencoder's own
+    stated: frozenset[str] = frozenset()  # what of `transport` the file tells, or is known of published weights
 
     @property
     def schedule(self) -> PatchSchedule:
@@ -140,7 +146,9 @@ def load_pretrained(
     transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
     vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
     name = registry_name(model) or _describe(model)
-    return Pretrained(model.eval(), transport, vae, name, step, scaling)
+    published = not Path(name_or_path).expanduser().exists()
+    stated = frozenset(transport if published else transport.keys() & described.keys())
+    return Pretrained(model.eval(), transport, vae, name, step, scaling, stated)
 
 
 def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
@@ -162,7 +170,10 @@ def _describe(model: PyramidalPatchDiT) -> str:
 
 def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
     """The file with the weights: a path wins over a name."""
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise FileNotFoundError(f"{name_or_path}: {error}") from error
     if path.is_dir():
         file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(path)
         if file is None:
@@ -255,32 +266,58 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
         ConnectionError:   if it cannot be fetched.
     """
     name = published_name(name)
-    folder = Path(cache_dir or os.environ.get("PPFLOW_CACHE") or Path.home() / ".cache" / "ppflow")
+    folder = _cache_folder(cache_dir)
     target = folder / PUBLISHED[name].file
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # the processes of a node ask at the same time: one fetches, the others wait
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{target}.lock").acquire()  # the processes of a node ask at once: one fetches
+        except OSError as error:
+            raise OSError(f"{name} cannot be kept in {folder} ({error}): set PPFLOW_CACHE to another folder") from error
+        with lock:
             if not target.is_file():
                 _fetch_checked(name, target)
-    recorded = target.with_name(f"{target.name}.sha256")
+    recorded, digest = target.with_name(f"{target.name}.sha256"), PUBLISHED[name].sha256
     if recorded.is_file():
-        size, digest = re.fullmatch(r"# (\d+) bytes\n(\w+)  .*\n", recorded.read_text()).groups()
-        if target.stat().st_size != int(size) or (verify and _sha256(target) != digest):
+        size, found = _recorded(recorded)
+        if target.stat().st_size != size:
             raise ValueError(f"{target} is not what was downloaded: delete it, and it is fetched again")
+        digest = digest or found
+    if verify and digest and _sha256(target) != digest:
+        raise ValueError(f"{target} is not what was downloaded: delete it, and it is fetched again")
     return target
+
+
+def _cache_folder(cache_dir: str | Path | None) -> Path:
+    try:
+        return Path(cache_dir or os.environ.get("PPFLOW_CACHE") or "~/.cache/ppflow").expanduser()
+    except RuntimeError as error:  # nobody's process, in a container
+        raise OSError("this user has no home folder for downloads: set PPFLOW_CACHE to a folder") from error
+
+
+def _recorded(path: Path) -> tuple[int, str]:
+    """Size and digest in a FILE.sha256 (ValueError if it is damaged)."""
+    content = re.fullmatch(r"# (\d+) bytes\n(\w+)  .*\n", path.read_text(errors="replace"))
+    if content is None:
+        raise ValueError(f"{path} is damaged: delete it, and {path.stem} too if you do not trust it")
+    return int(content[1]), content[2]
 
 
 def _fetch_checked(name: str, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     _fetch(name, part)
+    digest = _sha256(part)
     try:
+        if PUBLISHED[name].sha256 not in (None, digest):
+            raise ValueError(f"the sha256 of what it gave is {digest}, not {PUBLISHED[name].sha256}")
         check_published(part, name)
     except ValueError as error:
         part.unlink()
         raise ValueError(f"{PUBLISHED[name].url} did not give the weights of {name}: {error}") from error
     with complete_file(target.with_name(f"{target.name}.sha256")) as temporary:
-        temporary.write_text(f"# {part.stat().st_size} bytes\n{_sha256(part)}  {target.name}\n")
+        temporary.write_text(f"# {part.stat().st_size} bytes\n{digest}  {target.name}\n")
     os.replace(part, target)
+    tqdm.write(f"{name}: sha256 {digest}", file=sys.stderr)
 
 
 def check_published(path: Path, name: str) -> None:

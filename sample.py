@@ -22,20 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import AnyDataset, open_dataset
+from sample_models import TrainedModel, finest_only, load_trained
 from sample_utils import (
     SAMPLES,
     EvaluationCounter,
-    TrainedModel,
     add_model_args,
     add_ode_args,
     add_sde_args,
     check_solver_args,
     draw_samples,
     dry_run,
-    finest_only,
+    follow_ode,
     guided,
-    load_trained,
-    per_level,
+    log_density,
 )
 from train_utils import (
     ArgumentParser,
@@ -43,13 +42,14 @@ from train_utils import (
     complete_file,
     natural_int,
     positive_int,
+    precision_note,
     run_script,
     save_grid,
     some_text,
     use_precision,
     user_input,
 )
-from transport import Sampler, bits_per_dim, sample_generators
+from transport import bits_per_dim, sample_generators
 
 IMAGENET_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's selection
 
@@ -131,7 +131,8 @@ def sample(args: argparse.Namespace, trained: TrainedModel, device: torch.device
     images, cost = timed_samples(args, trained, labels, device)
     columns = args.samples_per_class if args.samples_per_class > 1 else math.ceil(math.sqrt(len(labels)))
     out = args.out
-    save_grid(images, out, columns)
+    with user_input():
+        save_grid(images, out, columns)
     print(f"{len(labels)} images, {args.mode} {args.sampling_method}, step {trained.step} of {trained.name}: {out}")
     rows = [(f"pyramid, {trained.model.num_levels} level(s)", cost)]
     if args.compare_finest:
@@ -192,23 +193,19 @@ def likelihood(args: argparse.Namespace, trained: TrainedModel, dataset: AnyData
     """Bits per dimension: of pixels, dequantised uniformly (arXiv:1511.01844, section 3.1), or of latents."""
     x1, y, numbers = given_images(args, dataset, device)
     generators = sample_generators(args.seed, numbers, SAMPLES)
-    pixels = trained.autoencoder.name == "none"
+    pixels = trained.autoencoder.name == "none" and dataset.kind != "latents"
     if pixels:
         uniform = torch.stack([torch.rand(x1.shape[1:], generator=generator) for generator in generators]).to(device)
         x1 = x1 + (uniform - 0.5) * dataset.value_step
     elif dataset.kind == "images":
         x1 = trained.autoencoder.encode(x1, generators)
-    sampler, log_probs = Sampler(trained.transport), []
+    log_probs = []
     with tqdm(unit="evaluation", desc="likelihood", leave=False) as progress, use_precision(args.precision, device):
         counter = EvaluationCounter(trained.model, progress)
         start = time.perf_counter()
         for first in range(0, len(x1), args.batch_size):
             batch = slice(first, first + args.batch_size)
-            log_prob, _ = sampler.log_likelihood(
-                guided(counter, args), x1[batch], y[batch], args.sampling_method, per_level(args.num_sampling_steps),
-                args.atol, args.rtol, args.num_probes or 1, generators[batch],
-            )  # fmt: skip
-            log_probs.append(log_prob)
+            log_probs.append(log_density(trained, counter, args, x1[batch], y[batch], generators[batch]))
         log_prob = torch.cat(log_probs).cpu()
         seconds = time.perf_counter() - start
     bits = bits_per_dim(log_prob, x1[0].numel())
@@ -235,13 +232,13 @@ def there_and_back(args: argparse.Namespace, trained: TrainedModel, dataset: Any
         with use_precision(args.precision, device):
             x1 = autoencoder.encode(x1, sample_generators(args.seed, numbers, SAMPLES))
     with tqdm(unit="evaluation", desc="reverse", leave=False) as progress, use_precision(args.precision, device):
-        network = guided(EvaluationCounter(trained.model, progress), args)
-        solver = (args.sampling_method, per_level(args.num_sampling_steps), args.atol, args.rtol)
-        x0 = Sampler(trained.transport).sample_ode(network, x1, *solver, y=y, reverse=True)
-        back = Sampler(trained.transport).sample_ode(network, x0, *solver, y=y)
+        counter = EvaluationCounter(trained.model, progress)
+        x0 = follow_ode(trained, counter, args, x1, y, reverse=True)
+        back = follow_ode(trained, counter, args, x0, y)
         rows = [autoencoder.decode(x) for x in (x1, x0 / 3 if autoencoder.name == "none" else x0, back)]
     out = args.out
-    save_grid(torch.cat(rows).float().cpu(), out, columns=len(x1))
+    with user_input():
+        save_grid(torch.cat(rows).float().cpu(), out, columns=len(x1))
     error = (back - x1).square().mean().sqrt()
     print(
         f"{len(x1)} images to noise (mean {x0.mean():.3f}, std {x0.std():.3f}) and back, RMS error {error:.1e}: {out}"
@@ -285,9 +282,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
     args.out = args.out or default_out(args)
+    if line := precision_note(args.precision, device):
+        print(line, flush=True)
     with user_input():
-        check_out(Path(args.out), picture=not (args.mode == "ODE" and args.likelihood))
-        trained = load_trained(args, device)
+        pictures = not (args.mode == "ODE" and args.likelihood)
+        check_out(Path(args.out), pictures)
+        trained = load_trained(args, device, pictures)
         dry_run(trained, args, device)
     if args.mode == "SDE" or not (args.likelihood or args.reverse):
         sample(args, trained, device)

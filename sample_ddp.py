@@ -3,30 +3,37 @@
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000 --cfg-scales 1.5
 
 Writes a folder of PNG files (none with --no-png) and an .npz whose arr_0 is (N, H, W, 3) uint8 in sample order, as
-ADM's evaluation suite reads it. Sample i is a function of (checkpoint, solver, seed, i): the number of processes and
-the batch size do not matter, and a run that was interrupted makes what is missing.
+ADM's evaluation suite reads it. With --latents nothing is decoded: arr_0 of NAME-latents.npz is (N, C, h, w) float32,
+the latents as their autoencoder decodes them, and that autoencoder need not be here.
+
+Sample i is a function of (checkpoint, solver, seed, i): the number of processes and the batch size do not matter, and a
+run that was interrupted makes what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from models import PyramidalPatchDiT
+from sample_models import TrainedModel, load_trained
 from sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
 from sample_utils import (
     LABELS,
     PROBES,
     EvaluationCounter,
-    TrainedModel,
     add_model_args,
     add_ode_args,
     add_sde_args,
@@ -34,18 +41,19 @@ from sample_utils import (
     draw_samples,
     dry_run,
     is_adaptive,
-    load_trained,
-    per_level,
+    log_density,
 )
 from train_utils import (
     ArgumentParser,
     Processes,
     UserError,
-    broadcast_object,
+    agree,
+    check_same_flags,
     complete_file,
-    guided,
     natural_int,
+    on_main,
     positive_int,
+    precision_note,
     run_script,
     some_text,
     start_processes,
@@ -53,12 +61,14 @@ from train_utils import (
     use_precision,
     user_input,
 )
-from transport import Sampler, sample_generators
+from transport import sample_generators
 
-# Flags that do not change what sample i looks like.
-NOT_SETTINGS = {"sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size",
-                "compile", "cuda_graphs",
-                "num_classes", "vae"}  # fmt: skip
+# Flags that do not change what sample i looks like, or stand among the settings as what they led to.
+NOT_SETTINGS = {
+    *("sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size", "num_classes"),
+    *("compile", "cuda_graphs", "vae", "latents"),
+    *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -80,8 +90,10 @@ def build_parser() -> ArgumentParser:
         output.add_argument("--global-seed", type=natural_int, default=0, help="seed of labels and noise")
         output.add_argument("--label-sampling", choices=["random", "balanced"], default="random",
                             help="labels: uniformly random, or all classes equally often")  # fmt: skip
-        output.add_argument("--png", action=argparse.BooleanOptionalAction, default=True,
-                            help="a PNG file of each sample; without, small .npz shards")  # fmt: skip
+        text = "a PNG file of each sample (the default); without, small .npz shards"
+        output.add_argument("--png", action=argparse.BooleanOptionalAction, help=text)
+        text = "the latents before decoding instead of images, in NAME-latents.npz"
+        output.add_argument("--latents", action="store_true", help=text)
         output.add_argument("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
         add_model_args(command, 1.0)
         if mode == "SDE":
@@ -107,14 +119,24 @@ def folder_name(args: argparse.Namespace, trained: TrainedModel) -> str:
     """A name that tells the settings one would compare."""
     steps = "" if args.num_sampling_steps is None else "-" + "-".join(map(str, args.num_sampling_steps))
     scales = "-".join(f"{scale:g}" for scale in args.cfg_scales)
-    name = trained.name.replace("/", "-")
-    return f"{name}-{trained.step:07d}-{args.mode}-{args.sampling_method}{steps}-cfg-{scales}-seed-{args.global_seed}"
+    network = f"{trained.name.replace('/', '-')}-{trained.step:07d}"
+    kind = "-latents" if args.latents else ""
+    return f"{network}-{args.mode}-{args.sampling_method}{steps}-cfg-{scales}-seed-{args.global_seed}{kind}"
 
 
-def fingerprint(model: PyramidalPatchDiT) -> str:
-    """Tells one set of weights from another."""
-    sums = [parameter.double().sum().item() for parameter in model.parameters()]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+def earlier_fingerprints(model: PyramidalPatchDiT) -> set[str]:
+    """What folders that are older than `fingerprint` may say of these weights.
+
+    A hash of sums whose last bit depends on the device and the number of threads. The likely numbers are tried: those
+    of a process alone and of one among torchrun's. Started with yet another, the folder is not recognised.
+    """
+    found, before = set(), torch.get_num_threads()
+    for threads in {before, 1, os.cpu_count() or 1}:
+        torch.set_num_threads(threads)
+        sums = [parameter.double().sum().item() for parameter in model.parameters()]
+        found.add(hashlib.sha256(repr(sums).encode()).hexdigest()[:16])
+    torch.set_num_threads(before)
+    return found
 
 
 def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
@@ -123,12 +145,20 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
     if is_adaptive(args):
         settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
-    settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "weights": fingerprint(trained.model),
+    settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "weights": trained.fingerprint,
                  "vae": trained.autoencoder.name, "level_edges": trained.transport.schedule.level_edges}  # fmt: skip
+    settings |= trained.changed
+    if args.latents:
+        settings["scaling"] = asdict(trained.autoencoder.scaling)
     settings = json.loads(json.dumps(settings))
     file = folder / "settings.json"
     if file.exists():
-        stored = json.loads(file.read_text())
+        try:
+            stored = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: remove {folder}, or choose another --sample-dir") from error
+        if len(stored["weights"]) == 16 and stored["weights"] in earlier_fingerprints(trained.model):
+            stored["weights"] = trained.fingerprint
         for name in sorted(settings.keys() | stored.keys()):
             if settings.get(name) != stored.get(name):
                 raise ValueError(
@@ -140,21 +170,26 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     return folder
 
 
-def log_density(
-    trained: TrainedModel, args: argparse.Namespace, x1: torch.Tensor, labels: list[int], indices: list[int]
-) -> list[float]:
-    """Log-density in nats of samples x1 (N, C, H, W) under the process that drew them."""
-    generators = sample_generators(args.global_seed, indices, PROBES)
-    log_prob, _ = Sampler(trained.transport).log_likelihood(
-        guided(trained.model, args), x1, torch.tensor(labels, device=x1.device), args.sampling_method,
-        per_level(args.num_sampling_steps), args.atol, args.rtol, args.num_probes or 1, generators,
-    )  # fmt: skip
-    return log_prob.tolist()
-
-
 def make_store(args: argparse.Namespace, folder: Path) -> SampleStore:
     """Where the samples are kept."""
-    return PngStore(folder) if args.png else ShardStore(folder)
+    return PngStore(folder) if args.png else ShardStore(folder, "latents" if args.latents else "pixels")
+
+
+def content_of(trained: TrainedModel, x1: torch.Tensor, latents: bool) -> np.ndarray:
+    """What is kept of samples x1 (N, C, h, w): pixels (N, H, W, 3) uint8, or latents (N, C, h, w) float32."""
+    decoded = trained.autoencoder.decode(x1)
+    if latents:
+        return decoded.cpu().numpy()
+    return to_uint8(decoded).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # grey images become RGB
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A disk that does not take what is written is the user's to mend: one line (UserError)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; mend that, and the same command goes on") from error
 
 
 def plan_batches(missing: Sequence[int], args: argparse.Namespace) -> list[list[int]]:
@@ -180,11 +215,17 @@ def generate(
             labels = [label_of(index, trained.model.num_classes, args) for index in batch]
             with use_precision(args.precision, processes.device):
                 x1 = draw_samples(trained, counter, args, labels, batch, args.global_seed, processes.device)
-                images = trained.autoencoder.decode(x1)
-                nats = log_density(trained, args, x1, labels, batch) if args.mode == "ODE" and args.likelihood else None
-            pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # grey images become RGB
+                content = content_of(trained, x1, args.latents)
+                nats = None
+                if args.mode == "ODE" and args.likelihood:
+                    y, generators = (
+                        torch.tensor(labels, device=x1.device),
+                        sample_generators(args.global_seed, batch, PROBES),
+                    )
+                    nats = log_density(trained, EvaluationCounter(trained.model), args, x1, y, generators).tolist()
             rows = [row for row, index in enumerate(batch) if index in wanted]
-            store.write([batch[row] for row in rows], pixels[rows], nats and [nats[row] for row in rows])
+            with writing(store.folder):
+                store.write([batch[row] for row in rows], content[rows], nats and [nats[row] for row in rows])
             # The others are about as far.
             round_of_batches = batches[number * processes.world_size : (number + 1) * processes.world_size]
             progress.update(sum(len(wanted.intersection(indices)) for indices in round_of_batches))
@@ -201,35 +242,62 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.precision is not None:
             parser.error("--tf32 and --precision say the same: give one of them")
         args.precision = "tf32" if args.tf32 else "fp32"
+    if args.latents and args.png is not None:
+        parser.error("--png and --no-png are about images, and --latents makes none: leave it out")
+    args.png = not args.latents if args.png is None else args.png
     processes = start_processes()
     args.precision = args.precision or ("tf32" if processes.device.type == "cuda" else "fp32")
-    with user_input():
-        trained = load_trained(args, processes.device)
+    if processes.is_main and (line := precision_note(args.precision, processes.device)):
+        print(line, flush=True)
+    check_same_flags(args, processes, but={"ckpt", "vae", "sample_dir"})
+
+    def load() -> TrainedModel:
+        trained = load_trained(
+            args, processes.device, pictures=not args.latents, latents=args.latents, identify=processes.is_main
+        )
         dry_run(trained, args, processes.device)
-        if processes.is_main:
-            folder = prepare_folder(args, trained)
-            present = make_store(args, folder).present(args.num_fid_samples)
-            missing = [index for index in range(args.num_fid_samples) if index not in present]
-            print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
-        else:
-            folder, missing = None, None
-    folder, missing = broadcast_object((folder, missing))
+        return trained
+
+    trained = agree(load, processes)
+    folder, missing = on_main(lambda: prepare(args, trained), processes)
     store = make_store(args, folder)
     generate(args, trained, store, missing, processes)
     if dist.is_initialized():
         dist.barrier()
+    # The others are done. They do not wait for these files, which may take longer than a process group's patience.
     if processes.is_main:
-        lost = set(range(args.num_fid_samples)) - store.present(args.num_fid_samples)
-        if lost:
-            raise UserError(f"{folder}: {len(lost)} samples were lost while others were made; run the command again")
-        npz = folder.with_name(folder.name + ".npz")
-        with user_input():
-            nats = write_npz(npz, store, args.num_fid_samples, trained.image_size)
-        print(f"saved {npz}: arr_0 {(args.num_fid_samples, *trained.image_size, 3)} uint8")
-        if args.mode == "ODE" and args.likelihood:
-            model = trained.model
-            dimensions = model.in_channels * math.prod(model.input_size)
-            print(write_likelihoods(npz.with_name(folder.name + "-likelihood.npz"), nats, dimensions))
+        finish(args, trained, folder)
+
+
+def prepare(args: argparse.Namespace, trained: TrainedModel) -> tuple[Path, list[int]]:
+    """The folder of the samples, and the numbers of those that are not there yet (ValueError, OSError)."""
+    folder = prepare_folder(args, trained)
+    present = make_store(args, folder).present(args.num_fid_samples)
+    missing = [index for index in range(args.num_fid_samples) if index not in present]
+    print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
+    return folder, missing
+
+
+def finish(args: argparse.Namespace, trained: TrainedModel, folder: Path) -> None:
+    """Write the .npz of all samples, and that of their log-densities.
+
+    Raises:
+        UserError: if a sample is missing or damaged, or the disk does not take them.
+    """
+    store = make_store(args, folder)
+    lost = set(range(args.num_fid_samples)) - store.present(args.num_fid_samples)
+    if lost:
+        raise UserError(f"{folder}: {len(lost)} samples were lost while others were made; run the command again")
+    npz = folder.with_name(folder.name + ".npz")
+    with user_input(), writing(npz):
+        array, nats = write_npz(npz, store, args.num_fid_samples)
+    print(f"saved {npz}: arr_0 {array}")
+    if args.mode == "ODE" and args.likelihood:
+        model = trained.model
+        dimensions = model.in_channels * math.prod(model.input_size)
+        likelihoods = npz.with_name(folder.name + "-likelihood.npz")
+        with writing(likelihoods):
+            print(write_likelihoods(likelihoods, nats, dimensions))
 
 
 if __name__ == "__main__":

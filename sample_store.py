@@ -26,7 +26,7 @@ NATS = "log-density in nats"  # key of a PNG file's text
 
 
 class SampleStore(ABC):
-    """Samples by their number: pixels (H, W, 3) uint8 and, optionally, a log-density in nats."""
+    """Samples by their number: an array, such as pixels (H, W, 3) uint8, and optionally a log-density in nats."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,12 +36,12 @@ class SampleStore(ABC):
         """Numbers below num_samples whose sample is there and whole."""
 
     @abstractmethod
-    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
-        """Store samples: numbers, pixels (N, H, W, 3) and log-densities (N,)."""
+    def write(self, indices: Sequence[int], samples: np.ndarray, nats: Sequence[float] | None) -> None:
+        """Store samples (N, ...) under their numbers, with their log-densities (N,)."""
 
     @abstractmethod
     def read(self, index: int) -> tuple[np.ndarray, float | None]:
-        """One sample's pixels and log-density."""
+        """One sample and its log-density (ValueError if it is damaged)."""
 
 
 class PngStore(SampleStore):
@@ -53,13 +53,13 @@ class PngStore(SampleStore):
     def present(self, num_samples: int) -> set[int]:
         return {index for index in range(num_samples) if _is_whole_png(self.path(index))}
 
-    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
+    def write(self, indices: Sequence[int], samples: np.ndarray, nats: Sequence[float] | None) -> None:
         for row, index in enumerate(indices):
             text = PngInfo()
             if nats is not None:
                 text.add_text(NATS, repr(nats[row]))
             with complete_file(self.path(index)) as temporary:
-                Image.fromarray(pixels[row]).save(temporary, pnginfo=text)
+                Image.fromarray(samples[row]).save(temporary, pnginfo=text)
 
     def read(self, index: int) -> tuple[np.ndarray, float | None]:
         try:
@@ -80,10 +80,15 @@ def _is_whole_png(path: Path) -> bool:
 
 
 class ShardStore(SampleStore):
-    """One small .npz for each batch; no files of single images."""
+    """One small .npz for each batch; no files of single images.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        key: name of the samples' array in these files
+    """
+
+    def __init__(self, folder: Path, key: str = "pixels") -> None:
         super().__init__(folder)
+        self.key = key
         self._where: dict[int, tuple[Path, int]] = {}
         self._loaded: tuple[Path, dict[str, np.ndarray]] | None = None
 
@@ -100,11 +105,11 @@ class ShardStore(SampleStore):
             self._where.update({index: (path, row) for row, index in enumerate(indices)})
         return {index for index in self._where if index < num_samples}
 
-    def write(self, indices: Sequence[int], pixels: np.ndarray, nats: Sequence[float] | None) -> None:
+    def write(self, indices: Sequence[int], samples: np.ndarray, nats: Sequence[float] | None) -> None:
         path = self.folder / "shards" / f"{indices[0]:06d}-{indices[-1]:06d}-{len(indices)}.npz"
         extra = {} if nats is None else {"nats": np.array(nats)}
         with complete_file(path) as temporary:
-            np.savez(temporary, index=np.array(indices), pixels=pixels, **extra)
+            np.savez(temporary, index=np.array(indices), **{self.key: samples}, **extra)
 
     def read(self, index: int) -> tuple[np.ndarray, float | None]:
         path, row = self._where[index]
@@ -112,16 +117,20 @@ class ShardStore(SampleStore):
             with np.load(path) as shard:
                 self._loaded = path, dict(shard)
         shard = self._loaded[1]
-        return shard["pixels"][row], float(shard["nats"][row]) if "nats" in shard else None
+        return shard[self.key][row], float(shard["nats"][row]) if "nats" in shard else None
 
 
-def write_npz(path: Path, store: SampleStore, num_samples: int, shape: tuple[int, int]) -> list[float | None]:
-    """Stream the samples into an .npz: arr_0 (N, H, W, 3) uint8 in sample order, a shard in memory at most.
+def write_npz(path: Path, store: SampleStore, num_samples: int) -> tuple[str, list[float | None]]:
+    """Stream the samples into an .npz: arr_0 (N, ...) in sample order, a shard in memory at most.
 
     Returns:
-        the samples' log-densities, None where they have none.
+        shape and type of the array, to be read, and the samples' log-densities, None where they have none.
+
+    Raises:
+        ValueError: if a sample is damaged, or not of the first one's shape and type.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num_samples, *shape, 3)}
+    shape, dtype = _shape_and_type(store.read(0)[0])
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_samples, *shape)}
     nats = []
     with (
         complete_file(path) as temporary,
@@ -129,11 +138,20 @@ def write_npz(path: Path, store: SampleStore, num_samples: int, shape: tuple[int
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        for index in tqdm(range(num_samples), desc="npz", unit="image"):
-            pixels, value = store.read(index)
-            file.write(np.ascontiguousarray(pixels).tobytes())
+        for index in tqdm(range(num_samples), desc="npz", unit="sample"):
+            sample, value = store.read(index)
+            if _shape_and_type(sample) != (shape, dtype):
+                raise ValueError(
+                    f"{store.folder}: sample {index} is {sample.shape} {sample.dtype}, and the first {shape} {dtype}: "
+                    f"remove that folder"
+                )
+            file.write(np.ascontiguousarray(sample).tobytes())
             nats.append(value)
-    return nats
+    return f"{header['shape']} {dtype}", nats
+
+
+def _shape_and_type(array: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
+    return array.shape, array.dtype
 
 
 def write_likelihoods(path: Path, nats: Iterable[float], dimensions: int) -> str:

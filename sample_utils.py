@@ -1,28 +1,25 @@
-"""What sample.py and sample_ddp.py share: solver flags, models out of checkpoints, samples and their cost."""
+"""What sample.py and sample_ddp.py share: flags, samples and their cost."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
 
-from autoencoder import Autoencoder, Scaling, load_autoencoder
-from compilation import compile_levels, replay_levels
-from download import load_pretrained
-from models import PyramidalPatchDiT, canonical_name
+from models import PyramidalPatchDiT
+from sample_models import TrainedModel
 from train_utils import (
     PRECISIONS,
     ArgumentParser,
     UserError,
     add_cfg_args,
     add_level_edges,
+    finite_float,
     guided,
     natural_float,
+    note,
     optional_choice,
     positive_float,
     positive_int,
@@ -33,11 +30,11 @@ from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
     ODE_METHODS,
+    PATHS,
+    PREDICTIONS,
     SDE_METHODS,
     Sampler,
-    Transport,
     check_ode_method,
-    create_transport,
     sample_generators,
 )
 
@@ -69,7 +66,17 @@ def add_model_args(parser: ArgumentParser, cfg_scale: float | None, cfg_note: st
     group.add_argument(
         "--cuda-graphs", action="store_true", help="launch each evaluation as one CUDA graph: helps small batches"
     )
-    add_level_edges(group)
+    process = parser.add_argument_group(
+        "process", "as given to train.py; a checkpoint tells them, and they are checked against it (but --sample-eps)"
+    )
+    process.add_argument("--path-type", choices=list(PATHS), help="interpolant between noise and data")
+    process.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts")
+    process.add_argument("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
+    process.add_argument("--train-eps", type=finite_float, help="of the training alone")
+    process.add_argument(
+        "--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)"
+    )
+    add_level_edges(process)
     add_cfg_args(parser, cfg_scale, cfg_note)
 
 
@@ -116,11 +123,13 @@ def check_solver_args(parser: ArgumentParser, args: argparse.Namespace, noise_to
         parser.error(str(error))
     adaptive = is_adaptive(args)
     if adaptive and args.num_sampling_steps:
-        parser.error(f"--num-sampling-steps has no effect with {args.sampling_method}, which chooses its own steps")
+        note(f"{args.sampling_method} chooses its own steps: --num-sampling-steps has no effect")
     for name in ("atol", "rtol"):
         if not adaptive and getattr(args, name):
-            parser.error(f"--{name} has no effect with {args.sampling_method}: it takes --num-sampling-steps")
-    args.num_sampling_steps = args.num_sampling_steps or [50]
+            reason = f"--{name} has no effect with {args.sampling_method}, which takes --num-sampling-steps"
+            parser.error(f"{reason}: leave it out, or give --sampling-method dopri5 as well")
+    # Folders of sample_ddp.py have always been named after 50 steps of an adaptive method: so they are found again.
+    args.num_sampling_steps = [50] if adaptive else args.num_sampling_steps or [50]
     args.atol, args.rtol = args.atol or 1e-6, args.rtol or 1e-3
 
 
@@ -130,105 +139,7 @@ def is_adaptive(args: argparse.Namespace) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Models out of checkpoints
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A network with the process it was trained for and the autoencoder of its latents."""
-
-    name: str
-    model: PyramidalPatchDiT
-    transport: Transport
-    autoencoder: Autoencoder
-    step: int
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        height, width = self.model.input_size
-        return height * self.autoencoder.factor, width * self.autoencoder.factor
-
-    @property
-    def image_channels(self) -> int:
-        """Colour channels of the images."""
-        return self.model.in_channels if self.autoencoder.name == "none" else 3
-
-
-def load_trained(args: argparse.Namespace, device: torch.device) -> TrainedModel:
-    """The network of --ckpt (or the published one of --model), its transport and its autoencoder.
-
-    The network is prepared as --precision, --compile and --cuda-graphs ask; call it under `use_precision`.
-
-    Raises:
-        OSError, ValueError: if something is missing, damaged, or not what the flags say.
-    """
-    if args.cuda_graphs and device.type != "cuda":
-        raise ValueError("--cuda-graphs needs a CUDA device: leave it out")
-    source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
-    pretrained = load_pretrained(source, weights=args.weights)
-    model = pretrained.model
-    transport_config = pretrained.transport
-    if args.level_edges is not None:
-        transport_config = {**transport_config, "level_edges": args.level_edges}
-    transport = create_transport(**transport_config)
-    transport.check_levels(model)
-    guided(model, args)  # refuses a wrong number of scales now, and not after minutes
-    claims = {
-        "--model": (args.model and canonical_name(args.model), pretrained.name),
-        "--num-classes": (args.num_classes, model.num_classes),
-    }
-    check_claims(claims, source)
-    autoencoder = load_autoencoder(args.vae or pretrained.vae, device)
-    if pretrained.scaling is not None and autoencoder.name != "none":
-        autoencoder = autoencoder.with_scaling(Scaling.from_dict(pretrained.scaling))
-    if autoencoder.channels not in (None, model.in_channels):
-        raise ValueError(
-            f"the autoencoder {autoencoder.name} has {autoencoder.channels} channels, {source} {model.in_channels}"
-        )
-    model = model.to(device).eval().requires_grad_(False)
-    trained = TrainedModel(pretrained.name, model, transport, autoencoder, pretrained.step)
-    check_claims({"--image-size": (args.image_size, trained.image_size[0])}, source)
-    if trained.image_channels not in (1, 3):
-        raise ValueError(f"{source} makes {trained.image_channels} channels, which no picture holds: give --vae")
-    if args.precision == "bf16":
-        model.blocks.bfloat16()  # once, where autocast would at every evaluation; they hold linear layers alone
-    if args.compile:
-        torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
-        compile_levels(model, tell=tqdm.write if int(os.environ.get("RANK", 0)) == 0 else None)
-    if args.cuda_graphs:
-        replay_levels(model)
-    return trained
-
-
-def check_claims(claims: dict[str, tuple[Any, Any]], source: str) -> None:
-    """Refuse flags that say something else of the weights than the weights themselves (ValueError)."""
-    for flag, (claimed, actual) in claims.items():
-        if claimed is not None and claimed != actual:
-            raise ValueError(f"{flag} is {claimed}, but {source} was trained with {actual}: leave {flag} out")
-
-
-def finest_only(trained: TrainedModel) -> TrainedModel:
-    """The same network run at its finest level all the way, as a model with one level: what the pyramid saves on."""
-    transport = trained.transport
-    flat = create_transport(
-        transport.path.name, transport.prediction, transport.loss_weight, transport.train_eps, transport.sample_eps
-    )
-    return replace(trained, model=_OneLevel(trained.model, trained.model.num_levels - 1), transport=flat)
-
-
-class _OneLevel:
-    num_levels = 1
-
-    def __init__(self, model: PyramidalPatchDiT, level: int) -> None:
-        self.model, self.level = model, level
-        self.num_classes, self.in_channels, self.input_size = model.num_classes, model.in_channels, model.input_size
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        return self.model(x, t, y, level=self.level)
-
-    def macs(self, level: int) -> int:
-        return self.model.macs(self.level)
+# Samples and their cost
 
 
 class EvaluationCounter:
@@ -261,13 +172,50 @@ class EvaluationCounter:
         return sum(rows * self.model.macs(level) for level, rows in enumerate(self.rows)) / num_samples / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Samples
-
-
 def per_level(values: Sequence[int]) -> int | Sequence[int]:
     """One number stands for the whole way, several for one level each."""
     return values[0] if len(values) == 1 else values
+
+
+def solved(
+    trained: TrainedModel, args: argparse.Namespace, what: str, solve: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What a solver returns, if it comes to an end and all of it is finite; `what` it is, in the plural.
+
+    Raises:
+        UserError: if not, with what to do about it.
+    """
+    try:
+        result = solve()
+        if result.isfinite().all():
+            return result
+        reason = f"the {what} are not finite"
+    except FloatingPointError as error:
+        reason = str(error)
+    if not all(parameter.isfinite().all() for parameter in trained.model.parameters()):
+        weights = f"the weights of {trained.name} at step {trained.step} are not finite either"
+        raise UserError(f"{reason}, and {weights}: give a checkpoint from before the training diverged")
+    advice = "give another --sampling-method, as ab2" if is_adaptive(args) else "take more steps"
+    raise UserError(f"{reason}: lower --cfg-scales, or {advice}")
+
+
+def follow_ode(
+    trained: TrainedModel,
+    network: EvaluationCounter,
+    args: argparse.Namespace,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """Data from noise x (N, C, H, W) with labels y (N,), or with `reverse` noise from data.
+
+    Raises:
+        UserError: if the solver fails.
+    """
+    sampler, network, steps = Sampler(trained.transport), guided(network, args), per_level(args.num_sampling_steps)
+    settings = {"method": args.sampling_method, "num_steps": steps, "atol": args.atol, "rtol": args.rtol}
+    what = "noise's values" if reverse else "samples"
+    return solved(trained, args, what, lambda: sampler.sample_ode(network, x, **settings, y=y, reverse=reverse))
 
 
 def draw_samples(
@@ -284,30 +232,47 @@ def draw_samples(
     Args:
         labels:  N class ids
         indices: the samples' N numbers
+
+    Raises:
+        UserError: if the solver fails, or a sample is not finite.
     """
     generators = sample_generators(seed, indices, SAMPLES)
     model, transport = trained.model, trained.transport
     x0 = transport.noise.sample((len(labels), model.in_channels, *model.input_size), generators, device)
     y = torch.tensor(labels, device=device)
-    sampler, network, steps = Sampler(transport), guided(counter, args), per_level(args.num_sampling_steps)
     if args.mode == "ODE":
-        x1 = sampler.sample_ode(network, x0, args.sampling_method, steps, args.atol, args.rtol, y=y)
-    else:
-        x1 = sampler.sample_sde(
-            network,
-            x0,
-            method=args.sampling_method,
-            num_steps=steps,
-            diffusion_form=args.diffusion_form,
-            diffusion_norm=args.diffusion_norm,
-            last_step=args.last_step,
-            last_step_size=args.last_step_size,
-            generator=generators,
-            y=y,
-        )
-    if not torch.isfinite(x1).all():
-        raise UserError("the samples are not finite: lower --cfg-scales, or take more steps")
-    return x1
+        return follow_ode(trained, counter, args, x0, y)
+    settings = {
+        "method": args.sampling_method,
+        "num_steps": per_level(args.num_sampling_steps),
+        "diffusion_form": args.diffusion_form,
+        "diffusion_norm": args.diffusion_norm,
+        "last_step": args.last_step,
+        "last_step_size": args.last_step_size,
+    }
+    sampler, network = Sampler(transport), guided(counter, args)
+    return solved(
+        trained, args, "samples", lambda: sampler.sample_sde(network, x0, **settings, generator=generators, y=y)
+    )
+
+
+def log_density(
+    trained: TrainedModel,
+    network: EvaluationCounter,
+    args: argparse.Namespace,
+    x1: torch.Tensor,
+    y: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """Log-density in nats (N,) of data x1 (N, C, H, W) with labels y (N,), as the network sees them.
+
+    Raises:
+        UserError: if the solver fails, or a density is not finite.
+    """
+    sampler, network, steps = Sampler(trained.transport), guided(network, args), per_level(args.num_sampling_steps)
+    settings = {"method": args.sampling_method, "num_steps": steps, "atol": args.atol, "rtol": args.rtol}
+    settings |= {"num_probes": args.num_probes or 1, "generator": generators}
+    return solved(trained, args, "log-densities", lambda: sampler.log_likelihood(network, x1, y, **settings)[0])
 
 
 def dry_run(trained: TrainedModel, args: argparse.Namespace, device: torch.device) -> None:
@@ -317,6 +282,18 @@ def dry_run(trained: TrainedModel, args: argparse.Namespace, device: torch.devic
         num_levels, num_classes = trained.model.num_levels, trained.model.num_classes
 
         def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-            return torch.zeros_like(x)
+            return 0 * x
 
-    draw_samples(trained, Zero(), args, labels=[0], indices=[0], seed=0, device=device)
+    try:
+        x = draw_samples(trained, Zero(), args, labels=[0], indices=[0], seed=0, device=device)
+        y = torch.zeros(1, dtype=torch.long, device=device)
+        if args.mode == "ODE" and args.likelihood:
+            log_density(trained, Zero(), args, x, y, sample_generators(0, [0], PROBES))
+        if args.mode == "ODE" and getattr(args, "reverse", False):  # of sample.py alone
+            follow_ode(trained, Zero(), args, x, y, reverse=True)
+    except UserError as error:  # it is not the network's fault
+        process = f"the {trained.transport.path.name} path with {trained.transport.prediction} prediction"
+        flag = "--sample-eps 0.001" if args.mode == "ODE" else "a larger --last-step-size"
+        raise ValueError(
+            f"{args.sampling_method} comes to an end of {process} that is infinite: give {flag}"
+        ) from error

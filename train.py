@@ -246,7 +246,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     for line in notes:
         this_run.say(f"warning: {line}")
     if line := speed.precision_note(args.precision, processes.device):
-        this_run.say(line)
+        this_run.say(f"note: {line}")
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     training = Training(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, start_step)

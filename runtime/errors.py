@@ -78,6 +78,13 @@ def say(message: str) -> None:
     tqdm.write(f"{start}{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
 
 
+def note(message: str) -> None:
+    """Print a line that is no error, on the main process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"note: {message}", file=sys.stdout)
+        sys.stdout.flush()
+
+
 def is_lost_connection(error: Exception) -> bool:
     """Return True for the error that a collective call raises because another process has died."""
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):

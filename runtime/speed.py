@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,7 @@ from runtime.errors import UserError
 # Precision
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def default_precision(device: torch.device, training: bool) -> str:
@@ -34,6 +36,20 @@ def use_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     """The autocast context of a precision; fp32 and tf32 set how CUDA multiplies matrices."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A line to print where a precision is slow: bf16 on a CPU without instructions for it; None if all is well.
+
+    The processor's flags are Linux's; where there are none, nothing is known and nothing is said.
+    """
+    if precision != "bf16" or device.type != "cpu":
+        return None
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+        if flags and not {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags[1].split()):
+            return "this CPU has no instructions for bf16, such as AVX512-bf16: --precision fp32 is far faster here"
+    return None
 
 
 def set_determinism(device: torch.device, deterministic: bool) -> None:

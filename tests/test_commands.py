@@ -1,4 +1,4 @@
-"""The commands in the READMEs of PPFlow and SiT, flags as their users write them, at a small size.
+"""The commands in the READMEs of PPFlow and SiT, and the flags their scripts take, as their users write them.
 
 Small means: another model name, a few pictures of 64x64, a small autoencoder in a local folder, few steps. Everything
 else is as written there; flags are parsed by the scripts themselves.
@@ -22,6 +22,7 @@ from download import PUBLISHED, Published, export_state_dict, load_pretrained
 from models import create_model
 
 SMALL_TRAINING = ["--image-size", "64", "--global-batch-size", "4", "--max-steps", "2", "--num-workers", "0"]
+UNSHOWN = [*SMALL_TRAINING, "--sample-every", "0"]  # without a grid of samples
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,52 @@ def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path:
     assert np.load(file)["arr_0"].shape == (6, 64, 64, 3)
 
 
+@pytest.mark.parametrize(("model", "levels"), [("PPF_T_2", 2), ("PPFlow_T_3", 3)])
+def test_train_names_the_levels_as_well(model: str, levels: int, imagenet: str, vae: str, tmp_path: Path) -> None:
+    """There the number of levels must be given besides the model: here it is a check."""
+    command = ["--model", model, "--patch-level", str(levels), "--data-path", imagenet, "--vae", vae, *UNSHOWN]
+    command += ["--run-dir", str(tmp_path)]
+    train.train(command)
+    assert load_pretrained(tmp_path).model.num_levels == levels
+    train.train([*command, "--max-steps", "3"])
+    assert load_pretrained(tmp_path).step == 3
+
+
+def test_a_wrong_number_of_levels_is_one_line(
+    imagenet: str, vae: str, latent_run: Path, tmp_path: Path, refuses
+) -> None:
+    command = ["--data-path", imagenet, "--vae", vae, "--patch-level", 3, *SMALL_TRAINING]
+    line = refuses(train.train, "--model", "PPF_T_2", *command, "--run-dir", tmp_path / "new")
+    assert "--patch-level 3, but PPF-T-2 has 2 level(s): leave it out, or choose another --model" in line
+    assert not (tmp_path / "new").exists()
+    line = refuses(train.train, *command[:-2], "--patch-level", 3, "--run-dir", latent_run, "--max-steps", 3)
+    assert "--patch-level 3, but PPF-T-2 has 2 level(s)" in line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["ODE", "--cfg-scales", "1.0", "3.0"],
+        ["ODE", "--sampling-method", "heun2", "--num-sampling-steps", "4", "--cfg-scales", "3.0", "4.0"],
+        ["ODE", "--sampling-method", "dopri5", "--num-sampling-steps", "250", "--atol", "1e-2", "--rtol", "1e-2"],
+        ["ODE", "--path-type", "Linear", "--prediction", "velocity", "--loss-weight", "None", "--sample-eps", "0"],
+        ["SDE", "--num-sampling-steps", "4", "--diffusion-form", "increasing-decreasing", "--last-step", "Tweedie"],
+        ["SDE", "--num-sampling-steps", "4", "--sampling-method", "Heun", "--last-step", "None"],
+    ],
+)
+def test_sampler_flags(flags: list[str], published: dict[str, str], vae: str, tmp_path: Path, capsys) -> None:
+    common = ["--model", "PPFlow_T_2", "--num-classes", "1000", "--ckpt", published["PPF-T-2"], "--vae", vae]
+    out = tmp_path / "a.png"
+    sample.main([*flags, *common, "--image-size", "64", "--seed", "3412", "--out", str(out)])
+    assert out.exists()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    ignored = "note: dopri5 chooses its own steps: --num-sampling-steps has no effect"
+    assert notes == ([ignored] if "250" in flags else [])
+    many = ["--num-fid-samples", "2", "--per-proc-batch-size", "4", "--global-seed", "0", "--no-tf32"]
+    sample_ddp.main([*flags, *common, *many, "--sample-dir", str(tmp_path)])
+    assert list(tmp_path.glob("*.npz"))
+
+
 # -- SiT's README ------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +202,78 @@ def test_sit_train_with_noise_prediction(imagenet: str, vae: str, tmp_path: Path
     train.train(["--model", "SiT-T/2", "--data-path", imagenet, "--path-type", "Linear", "--prediction", "noise",
                  "--vae", vae, "--run-dir", str(tmp_path), *SMALL_TRAINING])  # fmt: skip
     assert load_pretrained(tmp_path).transport["prediction"] == "noise"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--path-type", "GVP", "--prediction", "score", "--loss-weight", "likelihood"],
+        ["--path-type", "VP", "--prediction", "velocity", "--loss-weight", "None", "--cfg-scale", "4.0"],
+        ["--train-eps", "1e-5", "--sample-eps", "1e-3", "--prediction", "noise", "--loss-weight", "velocity"],
+    ],
+)
+def test_sit_process_is_named_in_training_and_in_sampling(
+    flags: list[str], imagenet: str, vae: str, tmp_path: Path
+) -> None:
+    both = ["--model", "SiT-T/2", "--vae", vae, *flags]
+    train.train(["--data-path", imagenet, "--run-dir", str(tmp_path), *both, *UNSHOWN])
+    ckpt, out = tmp_path / "checkpoints" / "0000002.pt", tmp_path / "a.png"
+    sample.main(
+        ["ODE", "--image-size", "64", "--ckpt", str(ckpt), "--num-sampling-steps", "2", "--out", str(out), *both]
+    )
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["ODE", "--atol", "1e-5", "--rtol", "1e-5"], "leave it out, or give --sampling-method dopri5 as well"),
+        (["ODE", "--reverse"], "--likelihood and --reverse need --data-path"),
+        (["ODE", "--likelihood"], "--likelihood and --reverse need --data-path"),
+        (["ODE", "--image-size", "512"], "was trained with 64: leave --image-size out"),
+        (["ODE", "--prediction", "noise", "--sample-eps", "0"], "leave it out, which means 0.001"),
+    ],
+)
+def test_sit_commands_that_do_not_run_say_what_to_write(
+    flags: list[str], words: str, published: dict[str, str], vae: str, tmp_path: Path, refuses
+) -> None:
+    out = tmp_path / "a.png"
+    assert words in refuses(sample.main, *flags, "--ckpt", published["SiT-T/2"], "--vae", vae, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prediction", "noise", "--sample-eps", "0"],
+        ["--prediction", "score", "--sample-eps", "0"],
+        ["--path-type", "VP", "--train-eps", "0"],
+    ],
+)
+def test_an_interval_on_which_nothing_can_be_learned_or_drawn_is_one_line(
+    flags: list[str], imagenet: str, vae: str, tmp_path: Path, refuses
+) -> None:
+    command = ["--model", "SiT-T/2", "--data-path", imagenet, "--vae", vae, *flags, *SMALL_TRAINING]
+    line = refuses(train.train, *command, "--run-dir", tmp_path / "run")
+    assert f"{flags[-2][2:].replace('-', '_')} 0 is too small for the" in line
+    assert "leave it out, which means" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_such_an_interval_goes_on(tmp_path: Path) -> None:
+    command = ["--data-path", "digits", "--model", "SiT-T/2", "--prediction", "noise", "--sample-eps", "0.001"]
+    command += ["--run-dir", str(tmp_path), *UNSHOWN[2:]]
+    train.train(command)
+    path = tmp_path / "checkpoints" / "0000002.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for part in ("transport", "args"):  # as an earlier version wrote it
+        checkpoint["config"][part]["sample_eps"] = 0.0
+    torch.save(checkpoint, path)
+    path.with_name(f"{path.name}.sha256").unlink()
+    command[command.index("0.001")] = "0"
+    train.train([*command, "--max-steps", "3"])
+    assert load_pretrained(tmp_path).transport["sample_eps"] == 0
+    assert load_pretrained(tmp_path).step == 3
 
 
 def test_sit_likelihood_of_samples(published: dict[str, str], vae: str, tmp_path: Path) -> None:

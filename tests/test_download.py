@@ -1,6 +1,7 @@
 """Files that are read and refused, downloads from a local server, the command line."""
 
 import argparse
+import hashlib
 import http.server
 import io
 import itertools
@@ -325,6 +326,43 @@ def test_a_cached_file_that_changed_is_refused(server, published_file, tmp_path)
     (tmp_path / "cache" / "PPF-T-2.pt.sha256").unlink()  # put there by hand
     assert download.download("PPF-T-2", verify=True) == path
     assert len(server.ranges) == 2
+
+
+def test_a_digest_that_is_known_is_checked_before_the_file_gets_its_name(
+    server, published_file, tmp_path, monkeypatch, capsys
+):
+    digest = hashlib.sha256(published_file).hexdigest()
+    monkeypatch.setitem(PUBLISHED, "PPF-T-2", Published("PPF-T-2.pt", server.url, sha256="0" * 64))
+    with pytest.raises(ValueError, match=f"did not give the weights of PPF-T-2: .* is {digest}, not 000"):
+        download.download("PPF-T-2")
+    assert cached(tmp_path) == []
+    monkeypatch.setitem(PUBLISHED, "PPF-T-2", Published("PPF-T-2.pt", server.url, sha256=digest))
+    capsys.readouterr()
+    path = download.download("PPF-T-2")
+    assert f"PPF-T-2: sha256 {digest}" in capsys.readouterr().err
+    (tmp_path / "cache" / "PPF-T-2.pt.sha256").unlink()  # put there by hand
+    path.write_bytes(damaged(published_file))
+    with pytest.raises(ValueError, match=r"PPF-T-2\.pt is not what was downloaded: delete it"):
+        download.download("PPF-T-2", verify=True)
+
+
+def test_a_damaged_record_is_named(server, tmp_path, refuses):
+    download.download("PPF-T-2")
+    (tmp_path / "cache" / "PPF-T-2.pt.sha256").write_text("")
+    assert "PPF-T-2.pt.sha256 is damaged: delete it" in refuses(download.main, "PPF-T-2")
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/cache", "/proc/cache", "~nobody-of-this-name/cache"])
+def test_a_cache_that_cannot_be_written_is_one_line(folder, server, monkeypatch, refuses):
+    monkeypatch.setenv("PPFLOW_CACHE", folder)
+    assert "set PPFLOW_CACHE to a" in refuses(download.main, "PPF-T-2")
+    assert server.ranges == []
+
+
+def test_a_home_that_is_nobodys_is_one_line(tmp_path, refuses):
+    assert "~nobody-of-this-name/a.pt" in refuses(
+        download.main, "convert", "~nobody-of-this-name/a.pt", tmp_path / "b.pt", "--layout", "ours"
+    )
 
 
 def test_processes_that_ask_together_fetch_once(server, published_file):

@@ -169,3 +169,47 @@ def test_a_mistake_in_the_code_ends_all_ranks_with_its_traceback(nodes: tuple[Pa
     assert "AttributeError: a mistake in the code" in outcome.text
     assert outcome.tracebacks == 1, outcome.text
     assert re.search(r"exitcode\s*: 1", outcome.text)
+
+
+# -- sample_ddp.py -----------------------------------------------------------------------------------------------
+
+SAMPLING = ["ODE", "--num-fid-samples", 8, "--per-proc-batch-size", 2, "--num-sampling-steps", 2]
+
+
+def test_weights_that_one_node_lacks(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
+    zero, one = nodes
+    shutil.copytree(tiny_run, zero / "begun")
+    outcome = job(f"in={one}", "sample_ddp.py", *SAMPLING, "--ckpt", "begun", "--sample-dir", tmp_path, folder=zero)
+    assert_one_line(outcome, "begun is neither a file nor the name of published weights")
+    assert not list(tmp_path.glob("PPF*"))
+
+
+def test_samples_that_are_not_finite_on_one_rank(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
+    zero, one = nodes
+    saved = torch.load(tiny_run / "checkpoints" / "0000020.pt", weights_only=True)
+    torch.save(saved, zero / "weights.pt")
+    saved["ema"]["blocks.0.mlp.fc1.bias"][0] = float("nan")
+    torch.save(saved, one / "weights.pt")
+    outcome = job(f"in={one}", "sample_ddp.py", *SAMPLING, "--ckpt", "weights.pt", "--sample-dir", tmp_path / "s",
+                  folder=zero)  # fmt: skip
+    assert_one_line(outcome, "not finite")
+
+
+def test_a_disk_that_is_full_on_one_node(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
+    outcome = job("full-disk", "sample_ddp.py", *SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s",
+                  folder=nodes[0])  # fmt: skip
+    assert_one_line(outcome, "cannot be written")
+
+
+def test_samples_with_other_settings_end_all_ranks(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
+    """Rank 0 alone looks into the folder."""
+    flags = [*SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s"]
+    assert job("none", "sample_ddp.py", *flags, folder=nodes[0]).code == 0
+    outcome = job("none", "sample_ddp.py", *flags, "--cfg-interval", 0, 0.5, folder=nodes[0])
+    assert_one_line(outcome, "holds samples with cfg_interval None", rank="")
+
+
+def test_a_sampler_that_was_started_with_other_flags(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
+    flags = [*SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s"]
+    outcome = job("flags=--cfg-scales 3", "sample_ddp.py", *flags, folder=nodes[0])
+    assert_one_line(outcome, "rank 1 was started with --cfg-scales [3.0], rank 0 with [1.0]", rank="")

@@ -15,9 +15,12 @@ from conftest import start_script
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import sample_ddp
 from compilation import compile_levels
+from download import convert
 from sample import main
 from train import train
+from train_utils import precision_note
 
 
 def cost(text: str, name: str) -> tuple[float, float]:
@@ -177,7 +180,7 @@ def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path
 
 def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
-    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend=counter))
+    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     grids = {}
     for name, flags in {"plain": [], "compiled": ["--compile"], "bf16": ["--precision", "bf16"],
@@ -196,7 +199,7 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
 
 
 def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sample_utils.compile_levels", partial(compile_levels, backend="aot_eager"))
+    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend="aot_eager"))
     nats = []
     for flags in ([], ["--compile"]):
         out = tmp_path / "l.json"
@@ -204,6 +207,133 @@ def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkey
               "--num-probes", "2", "--num-sampling-steps", "4", "--out", str(out), *flags])  # fmt: skip
         nats.append([record["nats"] for record in json.loads(out.read_text())])
     assert nats[0] == pytest.approx(nats[1], rel=1e-4)
+
+
+# -- Solvers that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def diverged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a weight that is not a number."""
+    checkpoint = torch.load(tiny_run / "checkpoints" / "0000020.pt", weights_only=True)
+    checkpoint["ema"]["blocks.0.mlp.fc1.bias"][0] = math.nan
+    torch.save(checkpoint, path := tmp_path_factory.mktemp("diverged") / "nan.pt")
+    return path
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "scipy_solver", "euler", "Euler"])
+@pytest.mark.parametrize("question", [[], ["--likelihood"], ["--reverse"]])
+def test_a_network_that_diverged_is_one_line(
+    method: str, question: list[str], diverged: Path, tmp_path: Path, refuses
+) -> None:
+    mode, out = "SDE" if method == "Euler" else "ODE", tmp_path / "a.png"
+    if mode == "SDE" and question:
+        return
+    given = ["--data-path", "digits", "--num-images", "2"] if question else []
+    line = refuses(main, mode, "--ckpt", diverged, "--sampling-method", method, *question, *given, "--out", out)
+    assert "the weights of PPF-T-2 at step 20 are not finite" in line
+    if method in ("dopri5", "bosh3"):
+        assert f"{method} failed between t = " in line
+    assert len(line) < 300
+    assert not out.exists()
+
+
+def test_a_field_too_steep_for_an_adaptive_method_is_one_line(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    steep = ["--sampling-method", "dopri5", "--cfg-scales", "1e30"]
+    line = refuses(main, "ODE", "--ckpt", tiny_run, *steep, "--out", tmp_path / "a.png")
+    assert "dopri5 failed between t = 0 and 0.5: " in line
+    assert "lower --cfg-scales, or give another --sampling-method, as ab2" in line
+
+
+# -- The process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old_run(noise_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as `train.py --path-type Linear --prediction noise --sample-eps 0` wrote it once."""
+    checkpoint = torch.load(noise_run / "checkpoints" / "0000002.pt", weights_only=True)
+    process = {"path_type": "Linear", "loss_weight": "velocity", "train_eps": 0.0, "sample_eps": 0.0}
+    checkpoint["config"]["transport"] |= process
+    torch.save(checkpoint, path := tmp_path_factory.mktemp("old") / "old.pt")
+    return path
+
+
+@pytest.mark.parametrize("mode", ["ODE", "SDE"])
+def test_a_checkpoint_that_no_solver_could_start_from_is_sampled(
+    mode: str, old_run: Path, tmp_path: Path, refuses, capsys
+) -> None:
+    pictures = []
+    for number, flags in enumerate(([], ["--sample-eps", "0.001"], ["--sample-eps", "0.05"])):
+        out = tmp_path / f"{number}.png"
+        main([mode, "--ckpt", str(old_run), "--num-sampling-steps", "8", "--out", str(out), *flags])
+        noted = "has sample_eps 0, from which no solver can start: 0.001 is used" in capsys.readouterr().out
+        assert noted == (not flags)
+        pictures.append(pixels(out))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    line = refuses(main, mode, "--ckpt", old_run, "--sample-eps", "0", "--out", tmp_path / "a.png")
+    assert "sample_eps 0 is too small for the Linear path with noise prediction" in line
+
+
+def test_an_end_that_a_method_comes_to_is_told_before_the_work(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    """A data prediction says nothing of the velocity at t = 1, where some methods and every likelihood ask for it."""
+    convert(tiny_run, bare := tmp_path / "bare.pt", "ppflow", num_heads=2)
+    command = ["ODE", "--ckpt", str(bare), "--prediction", "data", "--sample-eps", "0", "--out", f"{tmp_path}/a.png"]
+    main(command)
+    given = ["--likelihood", "--data-path", "digits"]
+    for flags in (["--sampling-method", "rk4"], given, ["--reverse", *given[1:]]):
+        line = refuses(main, *command, *flags)
+        assert "comes to an end of the Linear path with data prediction that is infinite: give --sample-eps" in line
+
+
+def test_bare_weights_are_told_their_process(noise_run: Path, tmp_path: Path) -> None:
+    """Files in SiT's layout say nothing of it: its sample.py takes train.py's flags."""
+    convert(noise_run, bare := tmp_path / "bare.pt", "sit", num_heads=2)
+    told = ["--path-type", "VP", "--prediction", "noise", "--loss-weight", "velocity", "--train-eps", "1e-5"]
+    pictures = []
+    for ckpt, flags in ((noise_run, []), (bare, told), (bare, [])):
+        out = tmp_path / f"{len(pictures)}.png"
+        main(["ODE", "--ckpt", str(ckpt), "--num-sampling-steps", "8", "--out", str(out), *flags])
+        pictures.append(pixels(out))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+# -- Processors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse2 avx2 avx512f\n", True),
+        ("processor : 0\nflags\t\t: fpu sse2 avx512_bf16 avx512f\n", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("Features\t: fp asimd bf16 i8mm\n", False),
+        ("Features\t: fp asimd\n", True),
+        ("model name : of which nothing is known\n", False),
+        (None, False),
+    ],
+)
+def test_a_processor_without_bf16_is_told(flags: str | None, slow: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("train_utils.CPU_INFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    line = precision_note("bf16", torch.device("cpu"))
+    assert (line is not None) == slow
+    assert not slow or ("bf16" in line and "--precision fp32" in line and "\n" not in line)
+    assert precision_note("fp32", torch.device("cpu")) is None
+    assert precision_note("bf16", torch.device("cuda")) is None
+
+
+def test_the_note_comes_once(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : sse2\n")
+    monkeypatch.setattr("train_utils.CPU_INFO", tmp_path / "cpuinfo")
+    flags = ["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "2", "--precision"]
+    for precision in ("bf16", "fp32"):
+        main([*flags, precision, "--out", str(tmp_path / "a.png")])
+        assert capsys.readouterr().out.count("no instructions for bf16") == (precision == "bf16")
+        sample_ddp.main([*flags, precision, "--num-fid-samples", "1", "--sample-dir", str(tmp_path / precision)])
+        assert capsys.readouterr().out.count("no instructions for bf16") == (precision == "bf16")
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------
@@ -222,8 +352,17 @@ def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkey
         ("ODE", ["--num-steps", "10"], "--num-steps"),
         ("ODE", ["--num-sampling-steps", "1"], "1 step(s)"),
         ("ODE", ["--num-sampling-steps", "1", "2", "3"], "3 numbers of steps for 2 level(s)"),
-        ("ODE", ["--sampling-method", "dopri5", "--num-sampling-steps", "9"], "has no effect with dopri5"),
-        ("ODE", ["--atol", "1e-5"], "has no effect with ab2"),
+        (
+            "ODE",
+            ["--atol", "1e-5"],
+            "has no effect with ab2, which takes --num-sampling-steps: leave it out, or give --sampling-method dopri5",
+        ),
+        ("ODE", ["--path-type", "GVP"], "was trained with Linear: leave --path-type out"),
+        ("ODE", ["--prediction", "noise"], "was trained with velocity: leave --prediction out"),
+        ("SDE", ["--loss-weight", "likelihood"], "was trained with None: leave --loss-weight out"),
+        ("SDE", ["--train-eps", "0.01"], "was trained with 0.0: leave --train-eps out"),
+        ("ODE", ["--sample-eps", "0.5"], "sample_eps must be in [0, 0.5)"),
+        ("SDE", ["--last-step-size", "1e-9"], "give a larger --last-step-size"),
         ("ODE", ["--likelihood"], "need --data-path"),
         ("ODE", ["--num-probes", "2"], "--num-probes has no effect without --likelihood"),
         ("ODE", ["--likelihood", "--data-path", "digits", "--class-labels", "1"], "--class-labels has no effect"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, start_script
 from PIL import Image
 
+from download import load_pretrained
+from models import create_model
 from sample_ddp import build_parser, label_of, main
+from sample_models import fingerprint
 from sample_store import PngStore, ShardStore, write_npz
 
 
@@ -150,6 +156,145 @@ def test_other_settings_do_not_share_a_folder(samples: Path, tiny_run: Path, ref
     assert "label_sampling random, not balanced" in line
 
 
+def settings_of(sample_dir: Path) -> dict[str, object]:
+    (file,) = sample_dir.rglob("settings.json")
+    return json.loads(file.read_text())
+
+
+def change_settings(sample_dir: Path, **values: object) -> None:
+    (file,) = sample_dir.rglob("settings.json")
+    file.write_text(json.dumps(settings_of(sample_dir) | values))
+
+
+@pytest.fixture
+def large_weights(tmp_path: Path) -> Path:
+    """Matrices large enough that several threads add up parts of them."""
+    torch.manual_seed(0)
+    model = create_model("PPF-T-2", input_size=8, in_channels=3, num_classes=30_000)
+    torch.nn.init.normal_(model.y_embedder.embedding_table.weight)
+    model.save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+def test_another_number_of_threads_goes_on(large_weights: Path, tmp_path: Path, capsys) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads, samples in ((2, 1), (1, 2), (3, 3)):
+            torch.set_num_threads(threads)
+            flags = ["--ckpt", str(large_weights), "--num-fid-samples", str(samples), "--num-sampling-steps", "2"]
+            main(["ODE", *flags, "--sample-dir", str(tmp_path / "samples")])
+            assert f"1 of {samples} samples to make" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_fingerprint_is_of_names_and_bytes(tiny_run: Path) -> None:
+    model = load_pretrained(tiny_run).model
+    expected = hashlib.sha256()
+    for name in sorted(model.state_dict()):
+        expected.update(name.encode() + model.state_dict()[name].numpy().tobytes())
+    assert fingerprint(model) == expected.hexdigest()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[0] += 1e-7
+    assert fingerprint(model) != expected.hexdigest()
+
+
+def test_it_is_of_the_weights_as_they_were_read(tiny_run: Path, samples: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt", str(tiny_run), "--num-fid-samples", "1", "--num-sampling-steps", "4", "--precision", "bf16"]
+    main(["ODE", *flags, "--sample-dir", str(tmp_path / "bf16")])
+    assert settings_of(tmp_path / "bf16")["weights"] == settings_of(samples)["weights"]
+
+
+def test_a_folder_with_an_earlier_fingerprint_goes_on(samples: Path, tiny_run: Path, refuses, capsys) -> None:
+    """Earlier versions hashed the weights' sums."""
+    sums = [parameter.double().sum().item() for parameter in load_pretrained(tiny_run).model.parameters()]
+    before, flags = settings_of(samples), ["ODE", "--ckpt", tiny_run, "--num-fid-samples", 11]
+    flags += ["--num-sampling-steps", 4, "--sample-dir", samples]
+    change_settings(samples, weights=hashlib.sha256(repr(sums).encode()).hexdigest()[:16])
+    store_of(samples).path(3).unlink()
+    main([*map(str, flags)])
+    assert "1 of 11 samples to make" in capsys.readouterr().out
+    assert settings_of(samples) == before
+    change_settings(samples, weights="0123456789abcdef")
+    assert "holds samples with weights 0123456789abcdef" in refuses(main, *flags)
+
+
+def test_damaged_settings_are_named(samples: Path, tiny_run: Path, refuses) -> None:
+    (file,) = samples.rglob("settings.json")
+    file.write_text("{")
+    flags = ["ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples]
+    assert f"{file} is damaged" in refuses(main, *flags)
+
+
+def test_steps_that_an_adaptive_method_does_not_take_make_no_other_folder(
+    tiny_run: Path, tmp_path: Path, capsys
+) -> None:
+    flags = ["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "2", "--sample-dir", str(tmp_path)]
+    flags += ["--sampling-method", "bosh3"]
+    main(flags)
+    assert "note:" not in capsys.readouterr().out
+    for steps in (["250"], ["1"], ["1", "2", "3"]):  # too few and too many for a method that took them
+        main([*flags, "--num-sampling-steps", *steps])
+        text = capsys.readouterr().out
+        assert text.count("note: bosh3 chooses its own steps: --num-sampling-steps has no effect") == 1
+        assert "0 of 2 samples to make" in text
+
+
+def test_a_sample_of_another_size_is_named(samples: Path, tiny_run: Path, refuses) -> None:
+    Image.new("RGB", (9, 8)).save(store_of(samples).path(4))
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples]
+    line = refuses(main, "ODE", *flags)
+    assert "sample 4 is (8, 9, 3) uint8, and the first (8, 8, 3) uint8: remove that folder" in line
+
+
+# -- Errors of one process ---------------------------------------------------------------------------------------
+
+
+def ends_without_traceback(*flags: object, limit: int | None = None) -> str:
+    """Run it with bad input on two processes, on one under a limit of so many kB per file; what it said."""
+    flags = ("ODE", "--num-sampling-steps", 4, "--per-proc-batch-size", 1, *flags)
+    if limit is None:
+        done = start_script("sample_ddp.py", *flags, processes=2)
+        assert done.returncode == 1  # torchrun's
+    else:
+        command = shlex.join([sys.executable, str(ROOT / "sample_ddp.py"), *map(str, flags)])
+        done = subprocess.run(["bash", "-c", f"ulimit -f {limit}; {command}"], capture_output=True, text=True)
+        assert done.returncode == 2
+    assert 'sample_ddp.py", line' not in done.stderr  # torchrun has a traceback of its own
+    return done.stderr
+
+
+def test_other_settings_end_every_process(samples: Path, tiny_run: Path) -> None:
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 11, "--sample-dir", samples]
+    text = ends_without_traceback(*flags, "--label-sampling", "balanced")
+    assert "label_sampling random, not balanced" in text
+
+
+def test_a_folder_that_cannot_be_made_ends_every_process(tiny_run: Path) -> None:
+    text = ends_without_traceback("--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", "/dev/null/samples")
+    assert "/dev/null/samples" in text
+
+
+def test_a_picture_that_cannot_be_written_ends_every_process(samples: Path, tiny_run: Path, refuses) -> None:
+    for index in (1, 3):
+        store_of(samples).path(index).unlink()
+        store_of(samples).path(index).mkdir()  # which two processes share: the second makes sample 3
+    flags = ("--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples)
+    assert "cannot be written" in refuses(main, "ODE", *flags)
+    store_of(samples).path(1).rmdir()
+    ends_without_traceback(*flags)
+
+
+def test_a_disk_that_takes_no_npz_is_one_line(tiny_run: Path, tmp_path: Path) -> None:
+    flags = ("--ckpt", tiny_run, "--num-fid-samples", 40, "--sample-dir", tmp_path)
+    text = ends_without_traceback(*flags, limit=2)  # 40 samples of 192 bytes
+    assert "npz cannot be written: [Errno 27] File too large" in text
+    assert "the same command goes on" in text
+    assert not list(tmp_path.glob("*.npz"))
+    main(["ODE", "--num-sampling-steps", "4", "--per-proc-batch-size", "1", *map(str, flags)])
+    assert npz(tmp_path).shape == (40, 8, 8, 3)
+
+
 def test_labels() -> None:
     balanced = build_parser().parse_args(["ODE", "--ckpt", "x", "--label-sampling", "balanced"])
     assert set(Counter(label_of(i, 10, balanced) for i in range(50)).values()) == {5}
@@ -167,7 +312,7 @@ def test_npz_is_written_in_little_memory(kind: type, tmp_path: Path) -> None:
         store.write(range(start, start + 6), images[start : start + 6], None)
     assert store.present(60) == set(range(60))
     tracemalloc.start()
-    write_npz(tmp_path / "all.npz", store, 60, (64, 64))
+    write_npz(tmp_path / "all.npz", store, 60)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < images.nbytes / 2

@@ -488,8 +488,17 @@ def test_a_model_with_other_levels_than_the_schedule_is_refused(call: Call, leve
 def test_fewer_steps_than_levels_are_refused(call: Call, num_steps: object):
     # An SDE's last step is one of the steps, and belongs to the finest level.
     note = r"\(the last step apart\) " if call is sde else ""
+    settings = {"method": "rk4"} if call is likelihood else {}  # its default is adaptive
     with pytest.raises(ValueError, match=note + r"cannot cover . interval.*at least one step each"):
-        call((0.5, 0.75), 3, num_steps=num_steps)
+        call((0.5, 0.75), 3, num_steps=num_steps, **settings)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("call", [ode, likelihood])
+def test_an_adaptive_method_does_not_look_at_the_number_of_steps(call: Call, method: str):
+    found = [call((0.5, 0.75), 3, method=method, **given) for given in ({}, {"num_steps": 2}, {"num_steps": None})]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("size", [0.0, -0.1, 1.0, math.nan])

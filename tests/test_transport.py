@@ -9,7 +9,7 @@ import torch
 from closed_form import DATA, EDGES, PATH_NAMES, QUANTITIES, Network, coefficients, default_interval, numbers, solve_for
 from scipy import integrate, stats
 
-from transport import create_transport
+from transport import Sampler, Transport, create_transport
 
 ODD_EDGES = (0.13, 0.37, 0.9)
 WEIGHTS = ["velocity", "likelihood"]
@@ -84,6 +84,51 @@ def test_an_eps_that_is_given_is_used():
     weighted = create_transport(loss_weight="likelihood")  # the weight is infinite at 1, the velocity is not
     assert weighted.train_interval == (1e-3, 1 - 1e-3)
     assert weighted.sample_interval == (0.0, 1.0)
+
+
+def loss_at_ends(transport: Transport) -> torch.Tensor:
+    """The loss of a smooth network at both ends of the training interval, in single precision."""
+    x0, x1 = (part.float() for part in batch(2, seed=13))
+    return transport.training_losses(Arbitrary(), x1, t=torch.tensor(transport.train_interval), x0=x0)["loss"]
+
+
+@pytest.mark.parametrize(("path", "prediction", "weight"), [*product(PATH_NAMES, QUANTITIES, [None, *WEIGHTS])])
+def test_a_training_interval_is_refused_where_the_loss_is_infinite(path: str, prediction: str, weight: str | None):
+    for eps in (0.0, 1e-9, 1e-5, 1e-3):
+        settings = {"path_type": path, "prediction": prediction, "loss_weight": weight, "train_eps": eps}
+        loss = loss_at_ends(create_transport(**settings, check_ends=False))
+        if loss.isfinite().all():
+            create_transport(**settings)
+            continue
+        with pytest.raises(
+            ValueError, match=f"train_eps {eps:g} is too small.*leave it out, which means (0.001|1e-05)"
+        ):
+            create_transport(**settings)
+    assert loss_at_ends(create_transport(path, prediction, weight)).isfinite().all()
+
+
+@pytest.mark.parametrize(("path", "prediction"), [*product(PATH_NAMES, QUANTITIES)])
+def test_a_sampling_interval_is_refused_where_no_solver_could_start(path: str, prediction: str):
+    def sample(transport: Transport) -> torch.Tensor:
+        return Sampler(transport).sample_ode(Arbitrary(), batch(2, seed=14)[0].float(), method="euler")
+
+    for eps in (0.0, 1e-3):
+        settings = {"path_type": path, "prediction": prediction, "sample_eps": eps}
+        if sample(create_transport(**settings, check_ends=False)).isfinite().all():
+            create_transport(**settings)
+            continue
+        with pytest.raises(ValueError, match=f"sample_eps {eps:g} is too small .* at t = 0; leave it out.* 0.001"):
+            create_transport(**settings)
+    assert sample(create_transport(path, prediction)).isfinite().all()
+
+
+def test_singular_ends_are_those_of_noise_and_score_where_the_data_vanish():
+    refused = [
+        (path, prediction)
+        for path, prediction in product(PATH_NAMES, QUANTITIES)
+        if create_transport(path, prediction, sample_eps=0.0, check_ends=False).sampling_singularity()
+    ]
+    assert refused == [*product(("Linear", "GVP"), ("noise", "score"))]
 
 
 # -- Conversions ---------------------------------------------------------------------------------------------------

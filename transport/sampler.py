@@ -12,7 +12,16 @@ import torch
 from transport.noise import Generator, rademacher
 from transport.paths import like
 from transport.schedule import Interval
-from transport.solvers import DIFFUSION_FORMS, ODE, SDE, check_ode_method, solve_dpmpp_2m, solve_ode, solve_sde
+from transport.solvers import (
+    ADAPTIVE_METHODS,
+    DIFFUSION_FORMS,
+    ODE,
+    SDE,
+    check_ode_method,
+    solve_dpmpp_2m,
+    solve_ode,
+    solve_sde,
+)
 from transport.transport import Model, Transport
 
 SDE_EPS = 1e-3  # distance of the SDE from an end at which its drift is singular
@@ -65,7 +74,8 @@ class Sampler:
             model:     network, guided or not
             x0:        (N, ...) noise; with reverse, data
             method:    one of ODE_METHODS
-            num_steps: steps of a fixed-step method over the whole way, or one number per level
+            num_steps: steps of a fixed-step method over the whole way, or one number per level; an adaptive method
+                       chooses its own and does not look at them
             atol:      absolute tolerance of an adaptive method
             rtol:      relative tolerance of an adaptive method
             y:         (N,) class ids
@@ -84,7 +94,7 @@ class Sampler:
         if reverse:
             start, stop = stop, start
         x = x0 * self._boundary(start)
-        for interval, steps in self._plan(model, start, stop, num_steps):
+        for interval, steps in self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps):
             if method == "dpmpp_2m":
                 data = self._estimate(model, interval, y, "data")
                 x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma)
@@ -224,7 +234,7 @@ class Sampler:
 
         x = x1 * self._boundary(start)
         change = torch.zeros(len(x1), dtype=x1.dtype, device=x1.device)  # of the log-density, from noise to data
-        for interval, steps in self._plan(model, start, stop, num_steps):
+        for interval, steps in self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps):
             field = self._velocity_and_divergence(model, interval, y, probes)
             x, change = solve_ode(field, (x, change), interval.start, interval.stop, method, steps, atol, rtol)
         alpha, sigma = self._boundary(start), self._boundary(stop)
@@ -252,12 +262,17 @@ class Sampler:
     # -- The walk ------------------------------------------------------------------------------------------------
 
     def _plan(
-        self, model: Model, start: float, stop: float, num_steps: int | Sequence[int], reserve: int = 0
+        self, model: Model, start: float, stop: float, num_steps: int | Sequence[int] | None, reserve: int = 0
     ) -> list[tuple[Interval, int]]:
-        """The smooth intervals on the way and the steps of each; `reserve` steps of the finest level are kept back."""
+        """The smooth intervals on the way and the steps of each; `reserve` steps of the finest level are kept back.
+
+        Without num_steps the method chooses its own, and the steps are 0.
+        """
         self.transport.check_levels(model)
         schedule = self.transport.schedule
         intervals = schedule.intervals(start, stop, getattr(model, "breakpoints", ()))
+        if num_steps is None:
+            return [(interval, 0) for interval in intervals]
         return list(zip(intervals, schedule.share_steps(num_steps, intervals, reserve), strict=True))
 
     def _network(self, model: Model, interval: Interval) -> Model:

@@ -301,8 +301,9 @@ def _solve_torchdiffeq(
 
     try:
         solution = odeint(within, state, times, method=method, atol=atol, rtol=rtol, options=options)
-    except AssertionError as error:  # how torchdiffeq reports a failed integration
-        raise FloatingPointError(f"{method} failed between t = {start:g} and {stop:g}: {error}") from error
+    except AssertionError as error:  # how torchdiffeq reports a failed integration, some with a tensor after a colon
+        reason = str(error).partition(":")[0]
+        raise FloatingPointError(f"{method} failed between t = {start:g} and {stop:g}: {reason}") from error
     return solution[-1] if isinstance(solution, torch.Tensor) else tuple(part[-1] for part in solution)
 
 

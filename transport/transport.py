@@ -65,12 +65,7 @@ class Transport:
         self.loss_weight = loss_weight
         self.schedule = schedule
         self.noise = GaussianNoise()
-        if path.name == "VP":
-            default_train, default_sample = 1e-5, 1e-3
-        elif prediction == "velocity" and loss_weight != "likelihood":
-            default_train, default_sample = 0.0, 0.0
-        else:
-            default_train, default_sample = 1e-3, 1e-3 if prediction != "velocity" else 0.0
+        default_train, default_sample = default_eps(path, prediction, loss_weight)
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
 
@@ -85,6 +80,34 @@ class Transport:
     def sample_interval(self) -> tuple[float, float]:
         """Times from which and to which the ODE is solved."""
         return (0.0 if self.path.name == "VP" else self.sample_eps), 1 - self.sample_eps
+
+    def training_singularity(self) -> str | None:
+        """Why the loss is not finite at an end of the training interval, which random times come to; None if it is."""
+        for end in self.train_interval:
+            t = torch.tensor(end, dtype=torch.float32, device="cpu")  # as times are in training
+            numbers = torch.stack([*row(self.prediction, self.path.coefficients(t)), self.weight(t)])
+            if not numbers.isfinite().all():
+                return self._too_small("train_eps", f"the loss is infinite at t = {t:g}")
+        return None
+
+    def sampling_singularity(self) -> str | None:
+        """Why no solver can take its first step; None if it can.
+
+        The other end is no matter of the process: some solvers evaluate the network there, others do not.
+        """
+        t = torch.tensor(self.sample_interval[0], dtype=torch.float32, device="cpu")
+        if torch.stack(self.conversion(t, self.prediction, "velocity")).isfinite().all():
+            return None
+        return self._too_small("sample_eps", f"the velocity is infinite at t = {t:g}")
+
+    def _too_small(self, name: str, reason: str) -> str:
+        weight = f" and loss weight {self.loss_weight}" if self.loss_weight and name == "train_eps" else ""
+        defaults = default_eps(self.path, self.prediction, self.loss_weight)
+        default = dict(zip(("train_eps", "sample_eps"), defaults, strict=True))[name]
+        return (
+            f"{name} {getattr(self, name):g} is too small for the {self.path.name} path with {self.prediction} "
+            f"prediction{weight}: {reason}; leave it out, which means {default:g}"
+        )
 
     # -- Conversions ---------------------------------------------------------------------------------------------
 
@@ -232,6 +255,15 @@ def _spread_order(n: int) -> tuple[int, ...]:
     return tuple(rank[value] for value in reversed_bits)
 
 
+def default_eps(path: Path, prediction: str, loss_weight: str | None) -> tuple[float, float]:
+    """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
+    if path.name == "VP":
+        return 1e-5, 1e-3
+    if prediction == "velocity":
+        return 1e-3 if loss_weight == "likelihood" else 0.0, 0.0
+    return 1e-3, 1e-3
+
+
 def create_transport(
     path_type: str = "Linear",
     prediction: str = "velocity",
@@ -239,6 +271,7 @@ def create_transport(
     train_eps: float | None = None,
     sample_eps: float | None = None,
     level_edges: Sequence[float] = (),
+    check_ends: bool = True,
 ) -> Transport:
     """Build a Transport from plain values.
 
@@ -250,9 +283,11 @@ def create_transport(
                      velocity prediction (1e-3 with likelihood weights), else 1e-3
         sample_eps:  the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
         level_edges: interior times at which the level changes; () is a single level
+        check_ends:  refuse an eps that is too small; a run of an earlier version may have one, and goes on with it
 
     Raises:
-        ValueError: if a name is unknown, an eps is not in [0, 0.5), or the edges are not a schedule.
+        ValueError: if a name is unknown, an eps is not in [0, 0.5), the edges are not a schedule, or the loss at an end
+            of its interval, or the velocity from which samples start, is infinite.
     """
     for value, name, allowed in (
         (path_type, "path type", tuple(PATHS)),
@@ -265,4 +300,7 @@ def create_transport(
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
     schedule = PatchSchedule(level_edges)
-    return Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule)
+    transport = Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule)
+    if check_ends and (reason := transport.training_singularity() or transport.sampling_singularity()):
+        raise ValueError(reason)
+    return transport
