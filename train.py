@@ -251,7 +251,7 @@ def build(
         "vae": args.vae,
         "scaling": asdict(dataset.scaling) if dataset.kind == "latents" else None,
         "args": {**vars(args), "data_path": full_path(args.data_path)},
-        "data": getattr(dataset, "identity", lambda: {"images": len(dataset)})(),
+        "data": dataset.identity(),
         "torch": str(torch.__version__),
     }
     return dataset, autoencoder, model, transport, config
