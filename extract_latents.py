@@ -33,9 +33,11 @@ from latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, sh
 from train_utils import (
     ArgumentParser,
     UserError,
-    broadcast_object,
+    agree,
+    check_same_flags,
     complete_file,
     natural_int,
+    on_main,
     positive_int,
     run_script,
     some_text,
@@ -245,6 +247,23 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
     return dataset, autoencoder
 
 
+def begin(out: Path, settings: dict[str, Any], metadata: dict[str, str], shards: int) -> list[int]:
+    """Write the settings, and find out which of so many shards are missing.
+
+    Raises:
+        ValueError, OSError: if the folder holds other work, or cannot be written to.
+    """
+    check_settings(out, settings)
+    with complete_file(out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    for torn in (*out.glob(".latents_*"), *out.glob(".tmp*")):  # ours and safetensors', of a killed process
+        torn.unlink()
+    missing = [k for k in range(shards) if not is_complete(out / shard_name(k), metadata)]
+    if len(missing) < shards:
+        print(f"{shards - len(missing)} of {shards} shards are there already")
+    return missing
+
+
 def extract(argv: Sequence[str] | None = None) -> None:
     """Run extract_latents.py with these command-line arguments."""
     start = time.perf_counter()
@@ -252,34 +271,25 @@ def extract(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     processes = start_processes()
     device = processes.device
-    with user_input():
-        dataset, autoencoder = prepare(args, device)
-        settings = {
-            "data_path": str(Path(args.data_path).resolve()),
-            "vae": autoencoder.name,
-            "image_size": dataset.image_size,
-            "dtype": args.dtype,
-            "precision": args.precision,
-            "shard_size": args.shard_size,
-            "images": len(dataset),
-            "classes": dataset.num_classes,
-            "data": {name: value for name, value in dataset.identity().items() if name in ("names", "labels")},
-        }
-        check_settings(out, settings)
-
-    ranges = [range(first, min(first + args.shard_size, len(dataset)))
-              for first in range(0, len(dataset), args.shard_size)]  # fmt: skip
+    check_same_flags(args, processes, but={"data_path", "vae", "num_workers"})
+    dataset, autoencoder = agree(lambda: prepare(args, device), processes)
+    settings = {
+        "data_path": str(Path(args.data_path).resolve()),
+        "vae": autoencoder.name,
+        "image_size": dataset.image_size,
+        "dtype": args.dtype,
+        "precision": args.precision,
+        "shard_size": args.shard_size,
+        "images": len(dataset),
+        "classes": dataset.num_classes,
+        "data": {name: value for name, value in dataset.identity().items() if name in ("names", "labels")},
+    }
+    ranges = [
+        range(first, min(first + args.shard_size, len(dataset))) for first in range(0, len(dataset), args.shard_size)
+    ]
     metadata = shard_metadata(autoencoder, dataset.image_size, dataset.num_classes, len(ranges))
-    missing = None
-    if processes.is_main:
-        with user_input(), complete_file(out / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        for torn in (*out.glob(".latents_*"), *out.glob(".tmp*")):  # ours and safetensors', of a killed process
-            torn.unlink()
-        missing = [k for k in range(len(ranges)) if not is_complete(out / shard_name(k), metadata)]
-        if len(missing) < len(ranges):
-            print(f"{len(ranges) - len(missing)} of {len(ranges)} shards are there already")
-    mine = broadcast_object(missing)[processes.rank :: processes.world_size]
+    missing = on_main(lambda: begin(out, settings, metadata, len(ranges)), processes)
+    mine = missing[processes.rank :: processes.world_size]
 
     batches = [ranges[k][first : first + args.batch_size]
                for k in mine for first in range(0, len(ranges[k]), args.batch_size)]  # fmt: skip
@@ -290,14 +300,9 @@ def extract(argv: Sequence[str] | None = None) -> None:
     progress = tqdm(total=sum(len(ranges[k]) for k in mine), unit="image", smoothing=0.02,
                     desc=f"process 1 of {processes.world_size}", disable=not (processes.is_main and mine),
                     mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
-    try:
-        for k in mine:
-            make_shard(out / shard_name(k), len(ranges[k]), loader, autoencoder, dataset.image_size, metadata,
-                       args, device, progress)  # fmt: skip
-    except UserError as error:  # this process's own, which the first one cannot report
-        if not processes.is_main:
-            print(f"extract_latents.py: error: {error}", file=sys.stderr)
-        raise
+    for k in mine:
+        size = len(ranges[k])
+        make_shard(out / shard_name(k), size, loader, autoencoder, dataset.image_size, metadata, args, device, progress)
     progress.close()
     wait_for_all()
     if processes.is_main:

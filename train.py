@@ -47,6 +47,7 @@ from checkpoints import (
 from compilation import compile_levels
 from data import AnyDataset, StepSampler, open_dataset, posterior_generators, training_loader
 from download import initialize_levels, load_pretrained
+from images import UnreadableImage
 from models import PyramidalPatchDiT, canonical_name, create_model
 from preemption import EXIT_PREEMPTED, Preempted, Preemption, outlive_preemption
 from train_utils import (
@@ -536,12 +537,14 @@ def run(args: argparse.Namespace, given: set[str], preemption: Preemption) -> No
 
 
 def readable(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-    """The loader's batches; an image that cannot be read ends the run with its name."""
+    """The loader's batches; data that cannot be read end the run with their name."""
     try:
         yield from loader
     except OSError as error:  # from a worker the text is a traceback, which ends with the error itself
         message = re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1])
-        raise UserError(f"{message}; remove it, or train on extract_latents.py --skip-unreadable's latents") from error
+        image = isinstance(error, UnreadableImage)
+        advice = "; remove it, or train on extract_latents.py --skip-unreadable's latents" if image else ""
+        raise UserError(f"{message}{advice}") from error
 
 
 if __name__ == "__main__":

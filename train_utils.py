@@ -64,6 +64,9 @@ def run_script(main: Callable[[], None]) -> None:
     """
     rank = int(os.environ.get("RANK", 0))
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that no encoding has
     try:
         main()
     except SystemExit:
@@ -566,7 +569,10 @@ class RunLog:
         """A line for people, on the screen and in log.txt."""
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()  # a killed process takes what it has not shown with it
-        with self.unless_full(), open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
+        with (
+            self.unless_full(),
+            open(self.run_dir / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(message + "\n")
 
     @contextlib.contextmanager

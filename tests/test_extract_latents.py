@@ -363,7 +363,7 @@ def test_two_processes_make_the_same_shards_and_either_can_stop_the_run(with_dam
     command = flags(folder, vae, tmp_path / "two", "--num-workers", 1)
     stopped = start_script("extract_latents.py", *command, processes=2)
     assert stopped.returncode != 0
-    assert f"extract_latents.py: error: cannot read the image {first}" in stopped.stderr
+    assert f"extract_latents.py: error: rank 1: cannot read the image {first}" in stopped.stderr
     done = start_script("extract_latents.py", *command, "--skip-unreadable", processes=2)
     assert done.returncode == 0, done.stderr
     assert "13 images in 5 shards" in done.stdout
