@@ -426,6 +426,6 @@ def test_names_without_an_encoding_reach_the_log(pictures: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "tude: 8 images" in (tmp_path / "run" / "log.txt").read_text()
     command[command.index(str(folder))] = str(folder) + "x"
-    done = subprocess.run(command[:-1] + [str(tmp_path / "other")], env=environment, capture_output=True)
+    done = subprocess.run([*command[:-1], str(tmp_path / "other")], env=environment, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
