@@ -91,7 +91,8 @@ def _per_channel(value: float | tuple[float, ...], like: torch.Tensor) -> float 
 class LatentSpace:
     """The latents of an AutoencoderKL or AutoencoderTiny; built by `load_autoencoder`.
 
-    The precision is the caller's autocast context.
+    It computes in fp32, or in tf32 where `use_precision` allows that: autocast is for the network, which is trained in
+    it, and this model was not.
 
     Args:
         name:  the autoencoder's full name
@@ -135,7 +136,8 @@ class LatentSpace:
         """
 
         def moments(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            encoded = self.model.encode(part)
+            with _full_precision(part):
+                encoded = self.model.encode(part.float())
             if self.deterministic:
                 return (encoded.latents.float(),)
             return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
@@ -166,8 +168,18 @@ class LatentSpace:
         height, width = (side * self.factor for side in latents.shape[-2:])
         if not len(latents):
             return latents.new_zeros(0, 3, height, width)
-        z = self.scaling.invert(latents)
-        return torch.cat(_in_batches(lambda part: self.model.decode(part).sample.float(), z, pixels=height * width))
+
+        def images(part: torch.Tensor) -> torch.Tensor:
+            with _full_precision(part):
+                return self.model.decode(part).sample.float()
+
+        z = self.scaling.invert(latents.float())
+        return torch.cat(_in_batches(images, z, pixels=height * width))
+
+
+def _full_precision(like: torch.Tensor) -> torch.autocast:
+    """The context without autocast on a tensor's device."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

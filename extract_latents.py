@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoencoder import LatentSpace, load_autoencoder
-from data import ImageDataset, UnreadableImage, open_dataset
+from data import open_dataset
+from images import ImageDataset, UnreadableImage, printable
 from latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
 from train_utils import (
-    PRECISIONS,
     ArgumentParser,
     UserError,
-    broadcast_object,
+    agree,
+    check_same_flags,
     complete_file,
     natural_int,
+    on_main,
     positive_int,
     run_script,
     some_text,
@@ -49,6 +51,13 @@ DEFAULT_SHARD_SIZE = 10_000
 SMALL_DATASET_SHARDS = 16  # at least so many, so that as many processes have work
 
 
+def encoder_precision(text: str) -> str:
+    """An argparse type: fp32 or tf32."""
+    if text not in ("fp32", "tf32"):
+        raise argparse.ArgumentTypeError(f"the encoder runs in fp32 or tf32, as it does in training, not in {text}")
+    return text
+
+
 def build_parser() -> ArgumentParser:
     """The flags of extract_latents.py."""
     parser = ArgumentParser(prog="extract_latents.py", description="Encode images to shards of latents.")
@@ -60,7 +69,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--vae", default="ema", help="autoencoder: ema, mse, a hub id or a local folder")
     parser.add_argument("--image-size", type=positive_int, help="(default: 256 for folders, archives their own)")
     parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default: tf32 on CUDA, else fp32)")
+    parser.add_argument("--precision", type=encoder_precision, metavar="{fp32,tf32}",
+                        help="of the encoder (default: tf32 on CUDA, else fp32)")  # fmt: skip
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images encoded at once, per process")
     parser.add_argument("--shard-size", type=positive_int,
                         help="images per shard (default: 10000, or a 16th of a small dataset)")  # fmt: skip
@@ -75,7 +85,7 @@ def build_parser() -> ArgumentParser:
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue what was begun with other settings (ValueError)."""
+    """Refuse to continue what was begun with other settings or data (ValueError); the same data may have moved."""
     file = out / SETTINGS
     source = Path(settings["data_path"]).resolve()
     if out.resolve() == source or source in out.resolve().parents:
@@ -88,8 +98,13 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         begun = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot read {file}: give another --out") from error
+    if begun.get("data") == settings["data"]:
+        begun["data_path"] = settings["data_path"]
     for name, value in settings.items():
-        if begun.get(name) != value:
+        if name == "data" and begun.get(name, value) != value:
+            raise ValueError(f"the files or labels in {settings['data_path']} have changed since {out} was begun: "
+                             f"give another --out")  # fmt: skip
+        if name != "data" and begun.get(name) != value:
             flag = {"images": "the number of images", "classes": "the number of classes"}.get(
                 name, "--" + name.replace("_", "-")
             )
@@ -109,25 +124,32 @@ def is_complete(file: Path, metadata: dict[str, str]) -> bool:
 # Images
 
 
+class Failure(NamedTuple):
+    """An image that could not be read: the message that says so, and whether the image itself is the reason."""
+
+    message: str
+    can_be_skipped: bool
+
+
 class ReadableImages(Dataset):
-    """(image, label) of a dataset; for an image that cannot be read, the message that says so."""
+    """(image, label) of a dataset, or the failure to read it."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | Failure:
         try:
             return self.images.load(index)
-        except UnreadableImage as error:
-            return str(error)
+        except OSError as error:
+            return Failure(str(error), isinstance(error, UnreadableImage))
 
 
-def collate(items: list[tuple[torch.Tensor, int] | str]) -> tuple[torch.Tensor | None, torch.Tensor, list[str]]:
-    """Images (n, 3, H, W), labels (n,), and messages; no images at all are None."""
-    messages = [item for item in items if isinstance(item, str)]
-    readable = [item for item in items if not isinstance(item, str)]
+def collate(items: list[tuple[torch.Tensor, int] | Failure]) -> tuple[torch.Tensor | None, torch.Tensor, list[Failure]]:
+    """Images (n, 3, H, W), labels (n,), and failures; no images at all are None."""
+    failures = [item for item in items if isinstance(item, Failure)]
+    readable = [item for item in items if not isinstance(item, Failure)]
     images = torch.stack([image for image, _ in readable]) if readable else None
-    return images, torch.tensor([label for _, label in readable], dtype=torch.int64), messages
+    return images, torch.tensor([label for _, label in readable], dtype=torch.int64), failures
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,8 +170,8 @@ def make_shard(
     """Encode the next batches of images, `size` in all, and write them as a shard.
 
     Raises:
-        UserError: at the first image that cannot be read, unless --skip-unreadable; if latents are not finite in
-            --dtype; if the shard cannot be written.
+        UserError: at the first image that cannot be read, unless --skip-unreadable; if the disk cannot be read; if
+            latents are not finite in --dtype; if the shard cannot be written.
     """
     dtype, shape = STORAGE[args.dtype], autoencoder.latent_shape((3, image_size, image_size))
     names = ["latents", "latents_flip"] + ([] if autoencoder.deterministic else ["latents_std", "latents_flip_std"])
@@ -159,9 +181,12 @@ def make_shard(
     seen = rows = 0
     while seen < size:
         images, labels, unreadable = next(batches)
-        if unreadable and not args.skip_unreadable:
-            raise UserError(f"{unreadable[0]}; --skip-unreadable leaves such images out")
-        skipped += unreadable
+        for failure in unreadable:
+            if not failure.can_be_skipped:
+                raise UserError(f"{failure.message}; the same command continues once it can be read")
+            if not args.skip_unreadable:
+                raise UserError(f"{failure.message}; --skip-unreadable leaves such images out")
+            skipped.append(failure.message)
         if images is not None:
             part = slice(rows, rows + len(images))
             images = images.to(device, non_blocking=True)
@@ -193,7 +218,7 @@ def summary(out: Path, seconds: float) -> str:
     shards = [Shard.read(file) for file in shard_files(out)]
     skipped = [message for shard in shards for message in json.loads(shard.metadata["skipped"])]
     channels, height, width = shards[0].shape
-    lines = [f"{out}: {sum(shard.rows for shard in shards):,} images in {len(shards)} shards, "
+    lines = [f"{printable(str(out))}: {sum(shard.rows for shard in shards):,} images in {len(shards)} shards, "
              f"latents {channels}x{height}x{width}, {seconds:.0f} s"]  # fmt: skip
     if skipped:
         lines += [f"skipped {len(skipped)} that cannot be read:", *(f"  {message}" for message in skipped)]
@@ -222,6 +247,23 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
     return dataset, autoencoder
 
 
+def begin(out: Path, settings: dict[str, Any], metadata: dict[str, str], shards: int) -> list[int]:
+    """Write the settings, and find out which of so many shards are missing.
+
+    Raises:
+        ValueError, OSError: if the folder holds other work, or cannot be written to.
+    """
+    check_settings(out, settings)
+    with complete_file(out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    for torn in (*out.glob(".latents_*"), *out.glob(".tmp*")):  # ours and safetensors', of a killed process
+        torn.unlink()
+    missing = [k for k in range(shards) if not is_complete(out / shard_name(k), metadata)]
+    if len(missing) < shards:
+        print(f"{shards - len(missing)} of {shards} shards are there already")
+    return missing
+
+
 def extract(argv: Sequence[str] | None = None) -> None:
     """Run extract_latents.py with these command-line arguments."""
     start = time.perf_counter()
@@ -229,33 +271,25 @@ def extract(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     processes = start_processes()
     device = processes.device
-    with user_input():
-        dataset, autoencoder = prepare(args, device)
-        settings = {
-            "data_path": str(Path(args.data_path).resolve()),
-            "vae": autoencoder.name,
-            "image_size": dataset.image_size,
-            "dtype": args.dtype,
-            "precision": args.precision,
-            "shard_size": args.shard_size,
-            "images": len(dataset),
-            "classes": dataset.num_classes,
-        }
-        check_settings(out, settings)
-
-    ranges = [range(first, min(first + args.shard_size, len(dataset)))
-              for first in range(0, len(dataset), args.shard_size)]  # fmt: skip
+    check_same_flags(args, processes, but={"data_path", "vae", "num_workers"})
+    dataset, autoencoder = agree(lambda: prepare(args, device), processes)
+    settings = {
+        "data_path": str(Path(args.data_path).resolve()),
+        "vae": autoencoder.name,
+        "image_size": dataset.image_size,
+        "dtype": args.dtype,
+        "precision": args.precision,
+        "shard_size": args.shard_size,
+        "images": len(dataset),
+        "classes": dataset.num_classes,
+        "data": {name: value for name, value in dataset.identity().items() if name in ("names", "labels")},
+    }
+    ranges = [
+        range(first, min(first + args.shard_size, len(dataset))) for first in range(0, len(dataset), args.shard_size)
+    ]
     metadata = shard_metadata(autoencoder, dataset.image_size, dataset.num_classes, len(ranges))
-    missing = None
-    if processes.is_main:
-        with user_input(), complete_file(out / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        for torn in (*out.glob(".latents_*"), *out.glob(".tmp*")):  # ours and safetensors', of a killed process
-            torn.unlink()
-        missing = [k for k in range(len(ranges)) if not is_complete(out / shard_name(k), metadata)]
-        if len(missing) < len(ranges):
-            print(f"{len(ranges) - len(missing)} of {len(ranges)} shards are there already")
-    mine = broadcast_object(missing)[processes.rank :: processes.world_size]
+    missing = on_main(lambda: begin(out, settings, metadata, len(ranges)), processes)
+    mine = missing[processes.rank :: processes.world_size]
 
     batches = [ranges[k][first : first + args.batch_size]
                for k in mine for first in range(0, len(ranges[k]), args.batch_size)]  # fmt: skip
@@ -266,14 +300,9 @@ def extract(argv: Sequence[str] | None = None) -> None:
     progress = tqdm(total=sum(len(ranges[k]) for k in mine), unit="image", smoothing=0.02,
                     desc=f"process 1 of {processes.world_size}", disable=not (processes.is_main and mine),
                     mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
-    try:
-        for k in mine:
-            make_shard(out / shard_name(k), len(ranges[k]), loader, autoencoder, dataset.image_size, metadata,
-                       args, device, progress)  # fmt: skip
-    except UserError as error:  # this process's own, which the first one cannot report
-        if not processes.is_main:
-            print(f"extract_latents.py: error: {error}", file=sys.stderr)
-        raise
+    for k in mine:
+        size = len(ranges[k])
+        make_shard(out / shard_name(k), size, loader, autoencoder, dataset.image_size, metadata, args, device, progress)
     progress.close()
     wait_for_all()
     if processes.is_main:

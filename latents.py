@@ -13,6 +13,8 @@ latents_stats.pt beside its own instead.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -38,7 +40,20 @@ STATISTICS = "latents_stats.pt"  # mean and std (1, C, 1, 1) of a data set, wher
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # --dtype
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # in safetensors' words
 
+LONGEST_HEADER = 100_000_000  # safetensors' own limit, in bytes
 OPEN_FILES = 256  # per process; systems commonly allow 1024
+
+MAX_CLASSES = 1_000_000  # a label beyond is damage, and would make an embedding of gigabytes
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """sha256 of arrays and byte strings, in hex; their shapes and types count."""
+    sha = hashlib.sha256()
+    for part in parts:
+        array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else np.ascontiguousarray(part)
+        sha.update(f"{array.dtype.str} {array.shape}".encode())
+        sha.update(array)
+    return sha.hexdigest()
 
 
 def draw_flip(generator: torch.Generator) -> bool:
@@ -97,6 +112,7 @@ class Shard:
     shape: tuple[int, ...]  # of one sample's latents, (C, h, w)
     dtype: torch.dtype
     begins: dict[str, int]  # tensors, and where in the file their first byte is
+    version: tuple[int, int]  # size of the file, and time of its last change in ns
     metadata: dict[str, str]
 
     @classmethod
@@ -107,18 +123,21 @@ class Shard:
             ValueError: if the file is damaged, or holds something else.
         """
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
+            version = _version(file)
+            size, _ = version
             length = int.from_bytes(file.read(8), "little")
             try:
-                header = json.loads(file.read(length) if length <= size - 8 else b"")
-                metadata = header.pop("__metadata__", {})
-                end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                header = json.loads(file.read(length) if length <= min(size - 8, LONGEST_HEADER) else b"")
+                metadata = {name: str(value) for name, value in header.pop("__metadata__", {}).items()}
+                found = {
+                    name: (str(tensor["dtype"]), tuple(map(int, tensor["shape"]))) for name, tensor in header.items()
+                }
+                places = {name: tuple(map(int, tensor["data_offsets"])) for name, tensor in header.items()}
+                end = max((end for _, end in places.values()), default=0)
+            except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
                 raise ValueError(f"the shard {path} is damaged: its header cannot be read") from error
         if end != size - 8 - length:
             raise ValueError(f"the shard {path} is damaged: it has {size} bytes and should have {8 + length + end}")
-        found = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}
         names = ["latents", "latents_flip"]
         names += ["latents_std", "latents_flip_std"] if "latents_std" in found else []
         dtype, shape = found.get("latents", ("", ()))
@@ -128,10 +147,19 @@ class Shard:
         elif found.get("labels") != labels:
             wrong = "int64 labels, one for each of the latents"
         else:
-            begins = {name: 8 + length + header[name]["data_offsets"][0] for name in (*names, "labels")}
-            return cls(str(path), shape[0], shape[1:], DTYPES[dtype], begins, metadata)
+            sizes = dict.fromkeys(names, math.prod(shape) * DTYPES[dtype].itemsize) | {"labels": 8 * shape[0]}
+            if min(shape) < 0 or any(places[k][0] < 0 or places[k][1] - places[k][0] != sizes[k] for k in sizes):
+                raise ValueError(f"the shard {path} is damaged: its header contradicts itself")
+            begins = {name: 8 + length + places[name][0] for name in (*names, "labels")}
+            return cls(str(path), shape[0], shape[1:], DTYPES[dtype], begins, version, metadata)
         text = "; ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(found.items())) or "nothing"
         raise ValueError(f"{path} is no shard of latents: looked for {wrong}; found {text}")
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    """Size of an opened file, and time of its last change in ns."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def settings_of(shard: Shard) -> dict[str, str]:
@@ -180,7 +208,7 @@ class LatentShards(Dataset):
                 raise ValueError(f"the shards {first.path} and {shard.path} hold tensors of different kinds")
             if settings_of(shard) != metadata:
                 raise ValueError(f"the shards {first.path} and {shard.path} were made with different settings")
-        if int(metadata.get("shards", len(shards))) != len(shards):
+        if metadata.get("shards", str(len(shards))) != str(len(shards)):
             raise ValueError(f"{path} holds {len(shards)} of {metadata['shards']} shards: finish extract_latents.py")
         self.image_shape = first.shape
         self.has_deviation = "latents_std" in first.begins
@@ -196,21 +224,31 @@ class LatentShards(Dataset):
             raise ValueError(f"{path} holds latents of {first.shape[0]} channels, those of {space.name} have "
                              f"{space.channels}: give --vae the autoencoder that made them")  # fmt: skip
         if metadata:
-            self.vae = metadata["autoencoder"]
-            self.scaling = Scaling.from_dict({name: json.loads(metadata[name]) for name in ("shift", "scale")})
-            self.image_size, self.num_classes = int(metadata["image_size"]), int(metadata["num_classes"])
+            try:
+                self.vae = metadata["autoencoder"]
+                self.scaling = Scaling.from_dict({name: json.loads(metadata[name]) for name in ("shift", "scale")})
+                self.image_size, self.num_classes = int(metadata["image_size"]), int(metadata["num_classes"])
+                if not 0 < self.num_classes <= MAX_CLASSES:
+                    raise ValueError(f"{self.num_classes} classes")
+                if not self.scaling.apply(torch.ones(1, *first.shape)).isfinite().all():
+                    raise ValueError(f"{self.scaling}")
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:  # of json, int and torch
+                raise ValueError(f"the shard {first.path} is damaged: its metadata cannot be read") from error
             same = space and space.scaling == self.scaling and space.factor * first.shape[-1] == self.image_size
             if autoencoder is not None and not same:
                 raise ValueError(f"{path} holds latents of {self.vae}, not of {autoencoder.name}: leave --vae out")
         else:
             self.vae, self.scaling = None, _statistics(Path(path)) or (space and space.scaling)
-            self.image_size, self.num_classes = None, self._count_classes()
+            self.image_size, self.num_classes = None, None
             if self.scaling is None:
                 raise ValueError(f"the shards in {path} do not say how they are scaled, and there is no {STATISTICS}: "
                                  f"give --vae the autoencoder that made them")  # fmt: skip
             if isinstance(self.scaling.shift, tuple) and len(self.scaling.shift) != first.shape[0]:
                 raise ValueError(f"{path}/{STATISTICS} has {len(self.scaling.shift)} channels, the shards have "
                                  f"{first.shape[0]}")  # fmt: skip
+        labels = self._read_labels(min(self.num_classes or MAX_CLASSES, MAX_CLASSES))
+        self.num_classes = self.num_classes or int(labels.max()) + 1
+        self._labels_digest = digest(labels)
         if space is not None:  # it may have moved, or be another decoder of the same latents, as mse is of ema's
             self.vae, self.image_size = space.name, space.factor * first.shape[-1]
         if image_size is not None and self.image_size not in (None, image_size):
@@ -220,15 +258,34 @@ class LatentShards(Dataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _count_classes(self) -> int:
-        """The largest label and one, for shards that do not say."""
-        largest = 0
+    def _read_labels(self, bound: int) -> np.ndarray:
+        """Labels (rows of all shards,) int64; ValueError if one is negative, or not below the bound."""
+        parts = []
         for shard in self._shards:
             labels = np.fromfile(shard.path, np.int64, shard.rows, offset=shard.begins["labels"])
-            if len(labels) and labels.min() < 0:
-                raise ValueError(f"the shard {shard.path} has the label {labels.min()}: labels count from 0")
-            largest = max(largest, labels.max(initial=0))
-        return int(largest) + 1
+            wrong = np.flatnonzero((labels < 0) | (labels >= bound))
+            if len(wrong):
+                raise ValueError(
+                    f"the shard {shard.path} has the label {labels[wrong[0]]} in row {wrong[0]}: labels "
+                    f"count from 0 and are below {bound:,}"
+                )
+            parts.append(labels)
+        return np.concatenate(parts)
+
+    def identity(self) -> dict[str, Any]:
+        """See AnyDataset; of the latents themselves only number, shape and type are known without reading them."""
+        shards = [
+            os.fsencode(os.path.basename(shard.path)) + f" {shard.rows} {shard.shape} {shard.dtype}\n".encode()
+            for shard in self._shards
+        ]
+        return {
+            "kind": self.kind,
+            "images": len(self),
+            "num_classes": self.num_classes,
+            "names": digest(*shards, " ".join(sorted(self._shards[0].begins)).encode()),
+            "labels": self._labels_digest,
+            "scaling": json.loads(json.dumps(asdict(self.scaling))),
+        }
 
     # -- Reading ------------------------------------------------------------------------------------------------
 
@@ -246,6 +303,9 @@ class LatentShards(Dataset):
             generators: one per sample; it decides whether the sample is mirrored, then draws from the posterior where
                 the shards hold its deviation. None for `latents` as they are: the posterior's mean, or
                 LightningDiT's draw from it.
+
+        Raises:
+            OSError: if a file cannot be read, or is not what it was when the dataset was opened.
         """
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = (np.asarray(indices) - self._starts[shards]).tolist()
@@ -261,12 +321,17 @@ class LatentShards(Dataset):
         if hasattr(os, "posix_fadvise"):  # on Linux the disk is asked for all at once, not for one after the other
             for shard, begin in itertools.chain(*wanted):
                 descriptor = self._file(shard).fileno()
-                os.posix_fadvise(descriptor, begin, self._row_bytes, os.POSIX_FADV_WILLNEED)
+                with contextlib.suppress(OSError):  # reading will tell
+                    os.posix_fadvise(descriptor, begin, self._row_bytes, os.POSIX_FADV_WILLNEED)
         z = self._latents(wanted[0])
         if draws:
             z += self._latents(wanted[1]).mul_(randn(z.shape, generators))
         places = [(k, self._shards[k].begins["labels"] + 8 * row) for k, row in zip(shards, rows, strict=True)]
-        return self.scaling.apply(z), self._bytes(places, 8).view(torch.int64).flatten()
+        labels = self._bytes(places, 8).view(torch.int64).flatten()
+        for k in set(shards):
+            if _version(self._file(k)) != self._shards[k].version:
+                raise OSError(f"the shard {self._shards[k].path} has been changed since it was opened: start again")
+        return self.scaling.apply(z), labels
 
     def _places(self, shards: list[int], rows: list[int], names: list[str]) -> list[tuple[int, int]]:
         """Shard and first byte of these rows of these tensors."""
@@ -288,8 +353,13 @@ class LatentShards(Dataset):
         """
         buffer = np.empty((len(places), size), np.uint8)
         for row, (shard, begin) in zip(buffer, places, strict=True):
-            if os.preadv(self._file(shard).fileno(), [row], begin) != size:
-                raise OSError(f"the shard {self._shards[shard].path} has become shorter since it was opened")
+            descriptor, path = self._file(shard).fileno(), self._shards[shard].path
+            try:
+                read = os.preadv(descriptor, [row], begin)
+            except OSError as error:  # which does not name the file
+                raise OSError(f"cannot read the shard {path}: {error.strerror}") from error
+            if read != size:
+                raise OSError(f"the shard {path} has become shorter since it was opened: start again")
         return torch.from_numpy(buffer)
 
     def _file(self, shard: int) -> BinaryIO:
@@ -312,6 +382,10 @@ def _statistics(path: Path) -> Scaling | None:
     try:
         statistics = torch.load(file, map_location="cpu", weights_only=True)
         mean, std = (statistics[name].double().flatten() for name in ("mean", "std"))
+        if not (mean.isfinite() & (1 / std).isfinite()).all():
+            raise ValueError("a deviation is 0, or a number is not finite")
         return Scaling(tuple(mean.tolist()), tuple((1 / std).tolist()))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"cannot read {file}: looked for tensors 'mean' and 'std', one number per channel") from error
+        raise ValueError(
+            f"cannot read {file}: looked for tensors 'mean' and 'std', one finite number per channel"
+        ) from error

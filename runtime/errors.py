@@ -48,6 +48,9 @@ def run_script(main: Callable[[], None]) -> None:
     """
     rank = int(os.environ.get("RANK", 0))
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that no encoding has
     try:
         main()
     except SystemExit:

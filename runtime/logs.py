@@ -66,7 +66,8 @@ class RunLog:
         """Write a line on the screen and into log.txt."""
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()  # a killed process takes what it has not shown with it
-        with self.unless_full(), open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
+        path = self.run_dir / "log.txt"
+        with self.unless_full(), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(message + "\n")
 
     @contextlib.contextmanager

@@ -206,14 +206,29 @@ def test_a_batch_too_large_for_the_memory_is_halved(kl):
     hook.remove()
 
 
-def test_precision_is_the_callers(kl, images):
-    with use_precision("bf16", torch.device("cpu")):
-        mean, deviation = kl.moments(images)
-        decoded = kl.decode(mean)
-    exact, _ = kl.moments(images)
-    assert {mean.dtype, deviation.dtype, decoded.dtype} == {torch.float32}
-    assert 1e-5 < (mean - exact).abs().max() < 0.05 * exact.abs().max()
-    torch.testing.assert_close(decoded, kl.decode(exact), atol=0.1, rtol=0.1)
+@pytest.mark.parametrize("save", [save_kl, save_tiny])
+@pytest.mark.parametrize("network", ["fp32", "tf32", "bf16"])
+def test_the_networks_precision_changes_no_latent_and_no_image(tmp_path, images, save, network):
+    space = load_autoencoder(str(save(tmp_path)))
+    with use_precision("fp32" if network == "fp32" else "tf32", torch.device("cpu")):
+        exact, deviation = space.moments(images)
+        drawn, decoded = space.encode(images, sample_generators(0, range(5))), space.decode(exact)
+    with use_precision(network, torch.device("cpu")):
+        linear = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
+        assert linear.dtype == (torch.bfloat16 if network == "bf16" else torch.float32)
+        for found, expected in zip(space.moments(images), (exact, deviation), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(space.encode(images, sample_generators(0, range(5))), drawn)
+        assert torch.equal(space.decode(exact), decoded)
+        assert space.decode(exact.bfloat16()).dtype == torch.float32  # as a network in bf16 may give them
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_what_is_not_in_bf16_is_in_tf32_unless_all_is_in_fp32(precision, tf32):
+    """On CUDA; PyTorch's own default is tf32 for convolutions, and fp32 for matrix products."""
+    with use_precision(precision, torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 
 def test_weights_are_frozen_and_fp32_whatever_is_stored(tmp_path, images):

@@ -411,3 +411,21 @@ def test_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert time.monotonic() - start < 30
+
+
+# -- Names -------------------------------------------------------------------------------------------------------
+
+
+def test_names_without_an_encoding_reach_the_log(pictures: Path, tmp_path: Path) -> None:
+    """Linux's file names are bytes, and a locale may know ASCII alone."""
+    folder = pictures.rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3\xa9tude"))
+    command = [sys.executable, str(ROOT / "train.py"), *PICTURES, "--data-path", str(folder), "--max-steps", "1",
+               "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    environment = {**os.environ, **ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "tude: 8 images" in (tmp_path / "run" / "log.txt").read_text()
+    command[command.index(str(folder))] = str(folder) + "x"
+    done = subprocess.run([*command[:-1], str(tmp_path / "other")], env=environment, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1

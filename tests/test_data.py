@@ -4,7 +4,9 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -14,16 +16,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data import (
-    Digits,
-    ImageFolderDataset,
-    StepSampler,
-    TrainingStream,
-    UnreadableImage,
-    center_crop_arr,
-    open_dataset,
-    training_loader,
-)
+from data import Digits, StepSampler, TrainingStream, open_dataset, training_loader
+from images import ImageFolderDataset, UnreadableImage, center_crop_arr
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -399,6 +393,95 @@ def test_digits_are_those_of_scikit_learn_and_never_mirrored():
 
 def test_digits_can_be_given_their_own_size():
     assert open_dataset("digits", 8).image_shape == (1, 8, 8)
+
+
+# -- Identity ------------------------------------------------------------------------------------------------------
+
+
+def identity(path: Path | str, image_size: int | None = 8) -> dict[str, object]:
+    """A path's identity, which JSON can hold."""
+    found = open_dataset(str(path), image_size).identity()
+    assert json.loads(json.dumps(found)) == found
+    return found
+
+
+def changed(before: dict[str, object], after: dict[str, object]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_digits_are_always_the_same():
+    found = identity("digits")
+    assert found == identity("digits", None)
+    assert (found["kind"], found["images"], found["num_classes"]) == ("digits", 1797, 10)
+
+
+def test_a_folder_is_the_same_wherever_it_lies(folder, tmp_path_factory, monkeypatch):
+    before = identity(folder)
+    assert (before["kind"], before["images"], before["num_classes"]) == ("images", 7, 3)
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "elsewhere")
+    monkeypatch.chdir(moved.parent)
+    (moved.parent / "link").symlink_to("elsewhere")
+    spellings = [moved, "elsewhere", "elsewhere/", "./elsewhere", "link", f"{moved}/../elsewhere//"]
+    assert all(identity(spelling) == before for spelling in spellings)
+    monkeypatch.setenv("HOME", str(moved.parent))
+    assert ImageFolderDataset("~/elsewhere", 8).identity() == before
+    assert identity(folder, 32) == before
+    read = open_dataset("elsewhere/", 8)
+    assert torch.equal(read.load(4)[0], open_dataset(str(folder), 8).load(4)[0])
+
+
+def test_what_changes_in_a_folder_is_seen(folder):
+    before = identity(folder)
+    (folder / "bee").rename(folder / "0_new")  # its images are those of class 0 now
+    assert changed(before, identity(folder)) == {"names", "labels"}
+    (folder / "0_new").rename(folder / "bees")  # the same numbers
+    assert changed(before, identity(folder)) == {"names"}
+    (folder / "bees").rename(folder / "bee")
+    assert identity(folder) == before
+    (folder / "bee" / "1.jpg").rename(folder / "cat" / "1.jpg")
+    assert changed(before, identity(folder)) == {"names", "labels"}
+    (folder / "cat" / "1.jpg").rename(folder / "bee" / "1.jpg")
+    noise_image(8, 8).save(folder / "cat" / "9.png")
+    assert changed(before, identity(folder)) == {"images", "names", "labels"}
+    (folder / "cat" / "9.png").unlink()
+    (folder / "dog").mkdir()
+    (folder / "cat" / "0.webp").rename(folder / "dog" / "0.webp")
+    shutil.rmtree(folder / "cat")
+    assert changed(before, identity(folder)) == {"names"}
+    shutil.rmtree(folder / "dog")
+    assert changed(before, identity(folder)) == {"images", "num_classes", "names", "labels"}
+
+
+def test_names_that_join_to_the_same_text_differ(tmp_path):
+    for root, names in (("x", ["a/bc.png", "a/d.png"]), ("y", ["a/b.png", "a/cd.png"])):
+        for name in names:
+            (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
+            noise_image(8, 8).save(tmp_path / root / name)
+    assert changed(identity(tmp_path / "x"), identity(tmp_path / "y")) == {"names"}
+
+
+def test_what_changes_in_an_archive_is_seen(tmp_path):
+    names = ["a/0.png", "b/1.png"]
+    labels = [[name, number] for number, name in enumerate(names)]
+    path = tmp_path / "a.zip"
+    write_archive(path, names, {"labels": labels})
+    before = identity(path)
+    (tmp_path / "moved").mkdir()
+    shutil.copy(path, tmp_path / "moved" / "b.zip")
+    assert identity(tmp_path / "moved" / "b.zip") == identity(os.path.relpath(path)) == before
+    write_archive(path, names, {"labels": labels}, zipfile.ZIP_DEFLATED)  # packed otherwise
+    assert identity(path) == before
+    write_archive(path, names, {"labels": [[name, 1 - number] for name, number in labels]})
+    assert changed(before, identity(path)) == {"labels"}
+    write_archive(path, ["a/0.png", "c/1.png"], {"labels": [["a/0.png", 0], ["c/1.png", 1]]})
+    assert changed(before, identity(path)) == {"names"}
+    with zipfile.ZipFile(path, "w") as archive:  # another picture under the same name
+        for seed, name in enumerate(names):
+            buffer = io.BytesIO()
+            noise_image(8, 8, 2 * seed).save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+    assert changed(before, identity(path)) == {"names"}
 
 
 # -- Order ---------------------------------------------------------------------------------------------------------

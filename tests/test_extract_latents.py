@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_autoencoders import save_kl, save_tiny
+from test_images import wrong_chunk_length
 
+import extract_latents as room
 from autoencoder import load_autoencoder
-from data import StepSampler, center_crop_arr, open_dataset, posterior_generators, training_loader
+from data import StepSampler, open_dataset, posterior_generators, training_loader
 from extract_latents import extract
+from images import ImageFolderDataset, center_crop_arr
 from latents import STORAGE, shard_files, shard_name
 
 SIZE = 16
@@ -195,7 +200,7 @@ def test_a_killed_run_leaves_only_complete_shards(tmp_path, pictures, vae, refer
     assert {file.name for file in out.iterdir()} == {*expected, "settings.json"}
 
 
-SETTINGS = [("--dtype", "bf16"), ("--shard-size", "5"), ("--image-size", "8"), ("--precision", "bf16")]
+SETTINGS = [("--dtype", "bf16"), ("--shard-size", "5"), ("--image-size", "8"), ("--precision", "tf32")]
 
 
 @pytest.mark.parametrize(("flag", "value"), SETTINGS)
@@ -205,6 +210,36 @@ def test_other_settings_do_not_continue_a_run(refuses, pictures, vae, reference,
     assert f"{flag} was" in line
     assert f"is {value} now" in line
     assert contents(reference).keys() == before
+
+
+def test_the_encoder_runs_as_in_training(refuses, pictures, vae, tmp_path, capsys):
+    line = refuses(extract, *flags(pictures, vae, tmp_path / "out", "--precision", "bf16"))
+    assert "--precision: the encoder runs in fp32 or tf32, as it does in training, not in bf16" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_may_move_between_the_parts_of_a_run_but_not_change(refuses, pictures, vae, tmp_path, reference):
+    source, out = shutil.copytree(pictures, tmp_path / "source"), tmp_path / "out"
+    extract(flags(source, vae, out))
+    (out / shard_name(2)).unlink()
+    moved = source.rename(tmp_path / "moved")
+    extract(flags(f"{moved}/", vae, out))
+    assert_same_shards(out, reference)
+    (moved / "ant").rename(moved / "zebra")
+    line = refuses(extract, *flags(moved, vae, out))
+    assert "the files or labels in" in line
+    assert "give another --out" in line
+
+
+def test_a_run_begun_before_data_were_compared_goes_on(refuses, pictures, vae, tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    del settings["data"]
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    elsewhere = shutil.copytree(pictures, tmp_path / "elsewhere")
+    assert "--data-path was" in refuses(extract, *flags(elsewhere, vae, tmp_path / "out"))
+    extract(flags(pictures, vae, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["data"]
 
 
 def test_other_data_or_autoencoders_do_not_continue_a_run(refuses, tmp_path, pictures, vae, reference):
@@ -267,13 +302,68 @@ def test_unreadable_images_are_skipped_counted_and_listed(with_damage, tmp_path,
     assert "skipped 4 that cannot be read:" in capsys.readouterr().out
 
 
+def test_an_image_at_which_pillow_raises_an_odd_error_is_skipped_too(refuses, pictures, vae, tmp_path, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "damaged")
+    (folder / "bee" / "1.png").write_bytes(wrong_chunk_length())
+    line = refuses(extract, *flags(folder, vae, tmp_path / "out"))
+    assert f"cannot read the image {folder}/bee/1.png: " in line
+    for workers in (0, 1):
+        out = tmp_path / f"out{workers}"
+        extract(flags(folder, vae, out, "--skip-unreadable", "--num-workers", workers))
+        assert f"skipped 1 that cannot be read:\n  cannot read the image {folder}/bee/1.png" in capsys.readouterr().out
+        assert len(open_dataset(str(out))) == 13
+
+
+def test_a_disk_or_archive_that_cannot_be_read_is_not_skipped(refuses, pictures, vae, tmp_path, monkeypatch):
+    """Or a drive that is away for a minute would leave out all images of that minute."""
+    read = ImageFolderDataset.open_image
+
+    def stale(self: ImageFolderDataset, index: int) -> object:
+        if index == 6:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, index)
+
+    monkeypatch.setattr(ImageFolderDataset, "open_image", stale)
+    line = refuses(extract, *flags(pictures, vae, tmp_path / "out", "--skip-unreadable"))
+    assert f"cannot read the image {pictures}/cat/0.png: Stale file handle; the same command continues" in line
+    monkeypatch.undo()
+    extract(flags(pictures, vae, tmp_path / "out"))  # which is so
+    assert len(open_dataset(str(tmp_path / "out"))) == 13
+
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in pictures.glob("*/*.png"):
+            archive.write(file, file.relative_to(pictures))
+    prepare = room.prepare
+
+    def lose_it(*arguments: object) -> object:
+        prepared = prepare(*arguments)
+        (tmp_path / "pictures.zip").unlink()
+        return prepared
+
+    monkeypatch.setattr(room, "prepare", lose_it)
+    line = refuses(extract, *flags(tmp_path / "pictures.zip", vae, tmp_path / "zip", "--skip-unreadable"))
+    assert "pictures.zip/ant/0.png: No such file or directory" in line
+
+
+def test_names_that_no_encoding_has_are_skipped_and_listed(pictures, vae, tmp_path, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "odd")
+    for name in (b"a\nb.png", b"\xff.png"):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), b"ant", name))).write_bytes(b"no image")
+    extract(flags(folder, vae, tmp_path / "out", "--skip-unreadable"))
+    printed = capsys.readouterr().out
+    assert [line.rsplit("/", 1)[1] for line in printed.splitlines()[-2:]] == [
+        "a\\nb.png: it is no image",
+        "\\udcff.png: it is no image",
+    ]
+
+
 def test_two_processes_make_the_same_shards_and_either_can_stop_the_run(with_damage, tmp_path, vae):
     """The second process meets the damaged files; then the run is continued without them."""
     folder, first = with_damage
     command = flags(folder, vae, tmp_path / "two", "--num-workers", 1)
     stopped = start_script("extract_latents.py", *command, processes=2)
     assert stopped.returncode != 0
-    assert f"extract_latents.py: error: cannot read the image {first}" in stopped.stderr
+    assert f"extract_latents.py: error: rank 1: cannot read the image {first}" in stopped.stderr
     done = start_script("extract_latents.py", *command, "--skip-unreadable", processes=2)
     assert done.returncode == 0, done.stderr
     assert "13 images in 5 shards" in done.stdout

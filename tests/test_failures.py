@@ -213,3 +213,58 @@ def test_a_sampler_that_was_started_with_other_flags(nodes: tuple[Path, Path], t
     flags = [*SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s"]
     outcome = job("flags=--cfg-scales 3", "sample_ddp.py", *flags, folder=nodes[0])
     assert_one_line(outcome, "rank 1 was started with --cfg-scales [3.0], rank 0 with [1.0]", rank="")
+
+
+# -- extract_latents.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """A small autoencoder."""
+    from small_autoencoders import save_kl
+
+    return save_kl(tmp_path / "vae")
+
+
+def extraction(vae: Path, out: Path) -> list[object]:
+    return ["--data-path", "pictures", "--vae", vae, "--image-size", 16, "--out", out, "--num-workers", 0]
+
+
+def test_images_that_one_node_lacks(nodes: tuple[Path, Path], vae: Path, tmp_path: Path) -> None:
+    zero, one = nodes
+    write_pictures(zero)
+    outcome = job(f"in={one}", "extract_latents.py", *extraction(vae, tmp_path / "out"), folder=zero)
+    assert_one_line(outcome, "--data-path pictures does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_one_rank_cannot_encode(nodes: tuple[Path, Path], vae: Path, tmp_path: Path) -> None:
+    zero, one = nodes
+    write_pictures(zero)
+    write_pictures(one, keep=0.5)
+    outcome = job(f"in={one}", "extract_latents.py", *extraction(vae, tmp_path / "out"), folder=zero)
+    assert_one_line(outcome, "cannot read the image", "--skip-unreadable leaves such images out")
+
+
+def test_latents_that_one_disk_does_not_take(nodes: tuple[Path, Path], vae: Path, tmp_path: Path) -> None:
+    write_pictures(nodes[0])
+    outcome = job("full-disk", "extract_latents.py", *extraction(vae, tmp_path / "out"), folder=nodes[0])
+    assert_one_line(outcome, "cannot write", "latents_")
+
+
+def test_an_autoencoder_that_one_node_lacks(nodes: tuple[Path, Path], vae: Path, tmp_path: Path) -> None:
+    zero, one = nodes
+    write_pictures(zero)
+    write_pictures(one)
+    shutil.copytree(vae, zero / "vae")
+    flags = [flag if flag != vae else "./vae" for flag in extraction(vae, tmp_path / "out")]
+    outcome = job(f"in={one}", "extract_latents.py", *flags, folder=zero)
+    assert_one_line(outcome, "cannot load the autoencoder ./vae")
+
+
+def test_latents_begun_with_other_settings_end_all_ranks(nodes: tuple[Path, Path], vae: Path, tmp_path: Path) -> None:
+    write_pictures(nodes[0])
+    flags = extraction(vae, tmp_path / "out")
+    assert job("none", "extract_latents.py", *flags, folder=nodes[0]).code == 0
+    outcome = job("none", "extract_latents.py", *flags, "--dtype", "fp32", folder=nodes[0])
+    assert_one_line(outcome, "--dtype was fp16", rank="")
