@@ -26,25 +26,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import LatentSpace, load_autoencoder
-from data import open_dataset
-from images import ImageDataset, UnreadableImage, printable
-from latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
-from train_utils import (
-    ArgumentParser,
-    UserError,
-    agree,
-    check_same_flags,
-    complete_file,
-    natural_int,
-    on_main,
-    positive_int,
-    run_script,
-    some_text,
-    start_processes,
-    use_precision,
-    user_input,
-)
+from data.autoencoder import LatentSpace, load_autoencoder
+from data.datasets import open_dataset
+from data.images import ImageDataset, UnreadableImage, printable
+from data.latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
+from runtime.distributed import agree, check_same_flags, on_main, start_processes
+from runtime.errors import UserError, run_script, user_input
+from runtime.files import complete_file
+from runtime.speed import use_precision
+from train_utils import ArgumentParser, natural_int, positive_int, some_text
 
 SETTINGS = "settings.json"
 DEFAULT_SHARD_SIZE = 10_000
@@ -191,8 +181,7 @@ def make_shard(
             part = slice(rows, rows + len(images))
             images = images.to(device, non_blocking=True)
             for name, pixels in (("latents", images), ("latents_flip", images.flip(-1))):
-                with use_precision(args.precision, device):
-                    mean, deviation = autoencoder.raw_moments(pixels)
+                mean, deviation = autoencoder.raw_moments(pixels)
                 tensors[name][part] = mean.to(dtype).cpu()
                 if deviation is not None:
                     tensors[f"{name}_std"][part] = deviation.to(dtype).cpu()
@@ -230,7 +219,7 @@ def summary(out: Path, seconds: float) -> str:
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDataset, LatentSpace]:
-    """The images and the autoencoder; what the flags leave open is filled in.
+    """The images and the autoencoder.
 
     Raises:
         OSError, ValueError: if either cannot be had, or they do not fit together.
@@ -242,8 +231,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
     if not isinstance(autoencoder, LatentSpace):
         raise ValueError("--vae none encodes nothing: train.py --vae none reads the images themselves")
     autoencoder.latent_shape(dataset.image_shape)
-    args.precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
-    args.shard_size = args.shard_size or min(DEFAULT_SHARD_SIZE, math.ceil(len(dataset) / SMALL_DATASET_SHARDS))
     return dataset, autoencoder
 
 
@@ -271,38 +258,49 @@ def extract(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     processes = start_processes()
     device = processes.device
-    check_same_flags(args, processes, but={"data_path", "vae", "num_workers"})
+    check_same_flags(vars(args), processes, but={"data_path", "vae", "num_workers"})
     dataset, autoencoder = agree(lambda: prepare(args, device), processes)
+    precision = args.precision or default_precision(device, training=False)
+    shard_size = args.shard_size or min(DEFAULT_SHARD_SIZE, math.ceil(len(dataset) / SMALL_DATASET_SHARDS))
     settings = {
         "data_path": str(Path(args.data_path).resolve()),
         "vae": autoencoder.name,
         "image_size": dataset.image_size,
         "dtype": args.dtype,
-        "precision": args.precision,
-        "shard_size": args.shard_size,
+        "precision": precision,
+        "shard_size": shard_size,
         "images": len(dataset),
         "classes": dataset.num_classes,
         "data": {name: value for name, value in dataset.identity().items() if name in ("names", "labels")},
     }
-    ranges = [
-        range(first, min(first + args.shard_size, len(dataset))) for first in range(0, len(dataset), args.shard_size)
-    ]
+    ranges = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]
     metadata = shard_metadata(autoencoder, dataset.image_size, dataset.num_classes, len(ranges))
     missing = on_main(lambda: begin(out, settings, metadata, len(ranges)), processes)
     mine = missing[processes.rank :: processes.world_size]
 
-    batches = [ranges[k][first : first + args.batch_size]
-               for k in mine for first in range(0, len(ranges[k]), args.batch_size)]  # fmt: skip
-    loader = iter(DataLoader(
-        ReadableImages(dataset), batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
+    batches = [
+        ranges[k][first : first + args.batch_size] for k in mine for first in range(0, len(ranges[k]), args.batch_size)
+    ]
+    loader = DataLoader(
+        ReadableImages(dataset),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
-    ))  # fmt: skip
-    progress = tqdm(total=sum(len(ranges[k]) for k in mine), unit="image", smoothing=0.02,
-                    desc=f"process 1 of {processes.world_size}", disable=not (processes.is_main and mine),
-                    mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
-    for k in mine:
-        size = len(ranges[k])
-        make_shard(out / shard_name(k), size, loader, autoencoder, dataset.image_size, metadata, args, device, progress)
+    )
+    progress = tqdm(
+        total=sum(len(ranges[k]) for k in mine),
+        unit="image",
+        smoothing=0.02,
+        desc=f"process 1 of {processes.world_size}",
+        disable=not (processes.is_main and mine),
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    )
+    images = iter(loader)
+    with use_precision(precision, device):
+        for k in mine:
+            file, size = out / shard_name(k), len(ranges[k])
+            make_shard(file, size, images, autoencoder, dataset.image_size, metadata, args, device, progress)
     progress.close()
     wait_for_all()
     if processes.is_main:

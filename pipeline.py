@@ -15,14 +15,22 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from data.autoencoder import Autoencoder, RawLatents, Scaling, autoencoder_name, load_autoencoder, load_raw_latents
+from data.autoencoder import (
+    Autoencoder,
+    LatentSpace,
+    RawLatents,
+    Scaling,
+    autoencoder_name,
+    load_autoencoder,
+    load_raw_latents,
+)
 from models import PyramidalPatchDiT
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, use_precision
 from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
-from weights.files import load_pretrained
+from weights.pretrained import load_pretrained
 
 DEFAULT_ODE = ODE()
 UNGUIDED = Guidance()
@@ -80,7 +88,7 @@ class Pipeline:
             weights:     "ema", or "model" for the last ones of a training checkpoint
             vae:         another autoencoder than the weights': "ema", "mse", a hub id or a local folder
             level_edges: other times at which the patch size changes
-            process:     other arguments of create_transport, for files that say nothing of theirs
+            process:     arguments of create_transport, for files that say nothing of theirs; sample_eps for any
             cache_dir:   where downloads are kept
             overrides:   arguments of the network that win over the file's, as num_heads
 
@@ -91,15 +99,23 @@ class Pipeline:
         """
         file = load_pretrained(source, weights, cache_dir, **overrides)
         own = create_transport(**file.transport, check_ends=False)
-        config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
         given = {name: value for name, value in (process or {}).items() if value is not None}
+        trained_with = {
+            "path_type": own.path.name,
+            "prediction": own.prediction,
+            "loss_weight": own.loss_weight,
+            "train_eps": own.train_eps,
+        }
+        check_claims({name: given.get(name) for name in file.stated}, trained_with, str(source))
+        config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
         if own.sampling_singularity() and "sample_eps" not in given:
             config["sample_eps"], before = None, own.sample_eps
             own = create_transport(**config)
             note(f"{source} has sample_eps {before:g}, from which no solver can start: {own.sample_eps:g} is used")
         if level_edges is not None:
             given["level_edges"] = level_edges
-        transport = create_transport(**config | given)
+        used = ("path_type", "prediction", "sample_eps", "level_edges")
+        transport = create_transport(**config | {name: given[name] for name in used if name in given})
         transport.check_levels(file.model)
         before, after = (
             {"path_type": each.path.name, "prediction": each.prediction, "sample_eps": each.sample_eps}
@@ -124,12 +140,12 @@ class Pipeline:
         self.model.to(device).eval().requires_grad_(False)
         self.precision = precision
         if precision == "bf16":
-            self.model.blocks.bfloat16()  # once, where autocast would at every evaluation; they hold linear layers alone
+            self.model.blocks.bfloat16()  # once, where autocast would at every evaluation: they are linear layers
         if compile:
             torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
             compile_levels(self.model, tell=note)
-        if not isinstance(self._autoencoder, str):
-            self._autoencoder = self._autoencoder.to(device)
+        if isinstance(self._autoencoder, LatentSpace):
+            self._autoencoder.model.to(device)
         return self
 
     # -- Parts ---------------------------------------------------------------------------------------------------
@@ -233,7 +249,7 @@ class Pipeline:
         if x0 is None:
             shape = (len(labels), self.model.in_channels, *self.model.input_size)
             x0 = self.transport.noise.sample(shape, generators, self.device)
-        y = torch.as_tensor(labels, device=self.device)
+        y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
         return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators))
 
@@ -246,7 +262,7 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
     ) -> torch.Tensor:
         """Follow the ODE from data x1 (N, C, h, w) back to noise of the same shape; raises as `latents`."""
-        y = torch.as_tensor(labels, device=self.device)
+        y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
         settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
         return self._solve(
@@ -268,11 +284,18 @@ class Pipeline:
             num_probes: probes averaged for the divergence
             generators: of the probes, one per sample
         """
-        y = torch.as_tensor(labels, device=self.device)
+        y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
         settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
         settings |= {"num_probes": num_probes, "generator": generators}
         return self._solve("log-densities", solver, lambda: sampler.log_likelihood(network, x1, y, **settings)[0])
+
+    def _labels(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """The class ids on the network's device; the null label counts as one (ValueError for others)."""
+        y = torch.as_tensor(labels, dtype=torch.long)
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= self.model.num_classes:
+            raise ValueError(f"class labels must be between 0 and {self.model.num_classes - 1}, got {y.tolist()}")
+        return y.to(self.device)
 
     def _solve(self, what: str, solver: Solver, solve: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The solver's result, in the network's precision, if it comes to an end and all of it is finite."""
@@ -285,12 +308,10 @@ class Pipeline:
         except FloatingPointError as error:
             reason = str(error)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise FloatingPointError(
-                f"{reason}, and nor are the weights of {self.name} at step {self.step}: "
-                "give a checkpoint from before the training diverged"
-            )
-        advice = "try another method" if solver.adaptive else "take more steps"
-        raise FloatingPointError(f"{reason}: lower the guidance scale, or {advice}")
+            weights = f"the weights of {self.name} at step {self.step} are not finite either"
+            raise FloatingPointError(f"{reason}, and {weights}: give a checkpoint from before the training diverged")
+        advice = "give another --sampling-method, as ab2" if solver.adaptive else "take more steps"
+        raise FloatingPointError(f"{reason}: lower --cfg-scales, or {advice}")
 
     # -- Variants ------------------------------------------------------------------------------------------------
 
@@ -298,16 +319,28 @@ class Pipeline:
         self,
         solver: Solver = DEFAULT_ODE,
         guidance: Guidance = UNGUIDED,
-        noise_to_data: bool = True,
+        likelihood: bool = False,
+        reverse: bool = False,
     ) -> None:
         """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
 
         Args:
-            noise_to_data: samples are all that is wanted, no likelihood and no way back
+            likelihood: `log_prob` is wanted
+            reverse:    `noise` is wanted
         """
         if isinstance(solver, ODE):
-            check_ode_method(solver.method, noise_to_data)
-        self._with_model(_Zero(self.model)).latents([0], solver, guidance)
+            check_ode_method(solver.method, noise_to_data=not (likelihood or reverse))
+        zero = self._with_model(_Zero(self.model))
+        try:
+            x1 = zero.latents([0], solver, guidance)
+            if likelihood:
+                zero.log_prob(x1, [0], solver, guidance)
+            if reverse:
+                zero.noise(x1, [0], solver, guidance)
+        except FloatingPointError as error:  # it is not the network's fault
+            process = f"the {self.transport.path.name} path with {self.transport.prediction} prediction"
+            flag = "--sample-eps 0.001" if isinstance(solver, ODE) else "a larger --last-step-size"
+            raise ValueError(f"{solver.method} comes to an end of {process} that is infinite: give {flag}") from error
 
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on."""
@@ -331,6 +364,14 @@ class Pipeline:
         other = copy.copy(self)
         other.model = model
         return other
+
+
+def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
+    """Refuse settings that say something else of weights than they do themselves (ValueError); None says nothing."""
+    for name, value in claimed.items():
+        if value is not None and name in actual and value != actual[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {value}, but {source} was trained with {actual[name]}: leave {flag} out")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,4 +428,4 @@ class _FinestLevel(_Wrapper):
 
 class _Zero(_Wrapper):
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        return torch.zeros_like(x)
+        return 0 * x  # which has a gradient

@@ -21,107 +21,151 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import train_utils as cli
 from models import PyramidalPatchDiT
-from sample_models import TrainedModel, load_trained
-from sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
-from sample_utils import (
-    LABELS,
-    PROBES,
-    EvaluationCounter,
-    add_model_args,
-    add_ode_args,
-    add_sde_args,
-    check_solver_args,
-    draw_samples,
-    dry_run,
-    is_adaptive,
-    log_density,
-)
-from train_utils import (
-    ArgumentParser,
-    Processes,
-    UserError,
-    agree,
-    check_same_flags,
-    complete_file,
-    natural_int,
-    on_main,
-    positive_int,
-    precision_note,
-    run_script,
-    some_text,
-    start_processes,
-    to_uint8,
-    use_precision,
-    user_input,
-)
-from transport import sample_generators
+from pipeline import Pipeline, Solver
+from runtime.distributed import Processes, agree, check_same_flags, on_main, start_processes
+from runtime.errors import UserError, note, run_script, user_input
+from runtime.files import complete_file
+from runtime.logs import to_uint8
+from runtime.rng import Stream, sample_generators
+from runtime.sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
+from runtime.speed import default_precision, precision_note
+from transport import SDE, Guidance
+from weights.layouts import fingerprint
 
 # Flags that do not change what sample i looks like, or stand among the settings as what they led to.
 NOT_SETTINGS = {
     *("sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size", "num_classes"),
-    *("compile", "cuda_graphs", "vae", "latents"),
+    *("compile", "vae", "latents"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> cli.ArgumentParser:
     """The flags of sample_ddp.py."""
-    parser = ArgumentParser(prog="sample_ddp.py", description="Draw many samples, as PNG files and one .npz.")
+    parser = cli.ArgumentParser(prog="sample_ddp.py", description="Draw many samples, as PNG files and one .npz.")
     modes = parser.add_subparsers(dest="mode", required=True, metavar="{ODE,SDE}")
     for mode, text in (("ODE", "the deterministic sampler"), ("SDE", "the stochastic sampler")):
         command = modes.add_parser(
             mode, help=f"{text}; see sample_ddp.py {mode} --help", description=f"Sample with {text}."
         )
-        output = command.add_argument_group("output")
-        output.add_argument(
-            "--sample-dir", type=some_text, default="samples", help="folder for the PNG folder and the .npz"
+        add = command.add_argument_group("output").add_argument
+        add("--sample-dir", type=cli.some_text, default="samples", help="folder for the PNG folder and the .npz")
+        add("--num-fid-samples", type=cli.positive_int, default=50_000, help="number of samples")
+        add("--per-proc-batch-size", type=cli.positive_int, default=32, help="samples a process solves together")
+        add("--global-seed", type=cli.natural_int, default=0, help="seed of labels and noise")
+        add(
+            "--label-sampling",
+            choices=["random", "balanced"],
+            default="random",
+            help="labels: uniformly random, or all classes equally often",
         )
-        output.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="number of samples")
-        output.add_argument(
-            "--per-proc-batch-size", type=positive_int, default=32, help="samples a process solves together"
+        add(
+            "--png",
+            action=argparse.BooleanOptionalAction,
+            help="a PNG file of each sample (the default); without, small .npz files",
         )
-        output.add_argument("--global-seed", type=natural_int, default=0, help="seed of labels and noise")
-        output.add_argument("--label-sampling", choices=["random", "balanced"], default="random",
-                            help="labels: uniformly random, or all classes equally often")  # fmt: skip
-        text = "a PNG file of each sample (the default); without, small .npz shards"
-        output.add_argument("--png", action=argparse.BooleanOptionalAction, help=text)
-        text = "the latents before decoding instead of images, in NAME-latents.npz"
-        output.add_argument("--latents", action="store_true", help=text)
-        output.add_argument("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
-        add_model_args(command, 1.0)
+        add(
+            "--latents",
+            action="store_true",
+            help="the latents before decoding instead of images, in NAME-latents.npz",
+        )
+        add("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
+        cli.add_model_args(command, 1.0)
         if mode == "SDE":
-            add_sde_args(command)
+            cli.add_sde_args(command)
             continue
-        add_ode_args(command)
-        likelihood = command.add_argument_group("likelihood")
-        likelihood.add_argument("--likelihood", action="store_true",
-                                help="also the log-density of each sample, in NAME-likelihood.npz")  # fmt: skip
-        likelihood.add_argument("--num-probes", type=positive_int, help="probes of the divergence (default: 1)")
+        cli.add_ode_args(command)
+        add = command.add_argument_group("likelihood").add_argument
+        add("--likelihood", action="store_true", help="also the log-density of each sample, in NAME-likelihood.npz")
+        add("--num-probes", type=cli.positive_int, help="probes of the divergence (default: 1)")
     return parser
 
 
-def label_of(index: int, num_classes: int, args: argparse.Namespace) -> int:
-    """The class of sample `index`."""
-    if args.label_sampling == "balanced":
-        return index % num_classes
-    (generator,) = sample_generators(args.global_seed, [index], LABELS)
-    return int(torch.randint(num_classes, (), generator=generator))
+def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, or would have no effect."""
+    if args.mode == "ODE" and args.num_probes and not args.likelihood:
+        parser.error("--num-probes has no effect without --likelihood")
+    if args.tf32 is not None and args.precision is not None:
+        parser.error("--tf32 and --precision say the same: give one of them")
+    if args.latents and args.png is not None:
+        parser.error("--png and --no-png are about images, and --latents makes none: leave it out")
 
 
-def folder_name(args: argparse.Namespace, trained: TrainedModel) -> str:
+class Job(NamedTuple):
+    """What is drawn, and how."""
+
+    args: argparse.Namespace
+    pipe: Pipeline
+    solver: Solver
+    guidance: Guidance
+
+    @property
+    def png(self) -> bool:
+        """Each sample is a PNG file."""
+        return not self.args.latents if self.args.png is None else self.args.png
+
+    @property
+    def likelihood(self) -> bool:
+        """Log-densities are wanted as well."""
+        return self.args.mode == "ODE" and self.args.likelihood
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder of the samples
+
+
+def folder_name(job: Job) -> str:
     """A name that tells the settings one would compare."""
-    steps = "" if args.num_sampling_steps is None else "-" + "-".join(map(str, args.num_sampling_steps))
-    scales = "-".join(f"{scale:g}" for scale in args.cfg_scales)
-    network = f"{trained.name.replace('/', '-')}-{trained.step:07d}"
-    kind = "-latents" if args.latents else ""
-    return f"{network}-{args.mode}-{args.sampling_method}{steps}-cfg-{scales}-seed-{args.global_seed}{kind}"
+    # Folders of adaptive methods have always been named after the default of 50 steps: so they are found again.
+    steps = job.solver.num_steps if not job.solver.adaptive else 50
+    steps = str(steps) if isinstance(steps, int) else "-".join(map(str, steps))
+    scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
+    network = f"{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}"
+    kind = "-latents" if job.args.latents else ""
+    sampler = f"{job.args.mode}-{job.solver.method}-{steps}"
+    return f"{network}-{sampler}-cfg-{scales}-seed-{job.args.global_seed}{kind}"
+
+
+def settings_of(job: Job, digest: str) -> dict[str, Any]:
+    """What sample i depends on besides i, as JSON has it.
+
+    Args:
+        digest: of the weights
+    """
+    args, pipe, solver = job.args, job.pipe, job.solver
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
+    steps = 50 if solver.adaptive else solver.num_steps
+    settings |= {
+        "precision": pipe.precision,
+        "png": job.png,
+        "sampling_method": solver.method,
+        "num_sampling_steps": [steps] if isinstance(steps, int) else list(steps),
+    }
+    if isinstance(solver, SDE):
+        settings |= {"last_step_size": solver.last_step_size}
+    else:
+        settings |= {"atol": solver.atol, "rtol": solver.rtol}
+    if solver.adaptive:
+        settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
+    settings |= {
+        "checkpoint": f"{pipe.name}, step {pipe.step}",
+        "weights": digest,
+        "vae": pipe.autoencoder.name,
+        "level_edges": pipe.transport.schedule.level_edges,
+    }
+    settings |= pipe.changed
+    if args.latents:
+        settings["scaling"] = asdict(pipe.autoencoder.scaling)
+    return json.loads(json.dumps(settings))
 
 
 def earlier_fingerprints(model: PyramidalPatchDiT) -> set[str]:
@@ -139,26 +183,17 @@ def earlier_fingerprints(model: PyramidalPatchDiT) -> set[str]:
     return found
 
 
-def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
-    """The PNG folder, with the settings it belongs to; other settings in it are refused (ValueError)."""
-    folder = Path(args.sample_dir) / folder_name(args, trained)
-    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
-    if is_adaptive(args):
-        settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
-    settings |= {"checkpoint": f"{trained.name}, step {trained.step}", "weights": trained.fingerprint,
-                 "vae": trained.autoencoder.name, "level_edges": trained.transport.schedule.level_edges}  # fmt: skip
-    settings |= trained.changed
-    if args.latents:
-        settings["scaling"] = asdict(trained.autoencoder.scaling)
-    settings = json.loads(json.dumps(settings))
+def prepare_folder(job: Job, digest: str) -> Path:
+    """Make the samples' folder, with the settings it belongs to; other settings in it are refused (ValueError)."""
+    folder, settings = Path(job.args.sample_dir) / folder_name(job), settings_of(job, digest)
     file = folder / "settings.json"
     if file.exists():
         try:
             stored = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is damaged: remove {folder}, or choose another --sample-dir") from error
-        if len(stored["weights"]) == 16 and stored["weights"] in earlier_fingerprints(trained.model):
-            stored["weights"] = trained.fingerprint
+        if len(stored["weights"]) == 16 and stored["weights"] in earlier_fingerprints(job.pipe.model):
+            stored["weights"] = digest
         for name in sorted(settings.keys() | stored.keys()):
             if settings.get(name) != stored.get(name):
                 raise ValueError(
@@ -170,59 +205,67 @@ def prepare_folder(args: argparse.Namespace, trained: TrainedModel) -> Path:
     return folder
 
 
-def make_store(args: argparse.Namespace, folder: Path) -> SampleStore:
+def make_store(job: Job, folder: Path) -> SampleStore:
     """Where the samples are kept."""
-    return PngStore(folder) if args.png else ShardStore(folder, "latents" if args.latents else "pixels")
-
-
-def content_of(trained: TrainedModel, x1: torch.Tensor, latents: bool) -> np.ndarray:
-    """What is kept of samples x1 (N, C, h, w): pixels (N, H, W, 3) uint8, or latents (N, C, h, w) float32."""
-    decoded = trained.autoencoder.decode(x1)
-    if latents:
-        return decoded.cpu().numpy()
-    return to_uint8(decoded).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # grey images become RGB
+    return PngStore(folder) if job.png else ShardStore(folder, "latents" if job.args.latents else "pixels")
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A disk that does not take what is written is the user's to mend: one line (UserError)."""
+    """Turn the error of a disk that does not take what is written into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; mend that, and the same command goes on") from error
 
 
-def plan_batches(missing: Sequence[int], args: argparse.Namespace) -> list[list[int]]:
-    """What is solved together: missing samples whose numbers share a block of --per-proc-batch-size.
+# ---------------------------------------------------------------------------------------------------------------
+# Samples
 
-    The steps of an adaptive method follow the whole batch, so there the whole block is solved, as if nothing of it were
-    there: its images are the same after an interruption, and on any number of processes.
+
+def label_of(index: int, num_classes: int, args: argparse.Namespace) -> int:
+    """The class of sample `index`."""
+    if args.label_sampling == "balanced":
+        return index % num_classes
+    (generator,) = sample_generators(args.global_seed, [index], Stream.LABELS)
+    return int(torch.randint(num_classes, (), generator=generator))
+
+
+def plan_batches(missing: Sequence[int], size: int, adaptive: bool) -> list[list[int]]:
+    """Numbers of samples that are solved together, `size` of the missing ones at a time.
+
+    The steps of an adaptive method follow the whole batch, so there a block of numbers is solved as if nothing of it
+    were there: its images are the same after an interruption, and on any number of processes.
     """
-    size = args.per_proc_batch_size
-    if not is_adaptive(args):
+    if not adaptive:
         return [list(missing[start : start + size]) for start in range(0, len(missing), size)]
     return [list(range(block * size, (block + 1) * size)) for block in sorted({index // size for index in missing})]
 
 
-def generate(
-    args: argparse.Namespace, trained: TrainedModel, store: SampleStore, missing: list[int], processes: Processes
-) -> None:
+def content_of(job: Job, x1: torch.Tensor) -> np.ndarray:
+    """What is kept of samples x1 (N, C, h, w): pixels (N, H, W, 3) uint8, or latents (N, C, h, w) float32."""
+    decoded = job.pipe.autoencoder.decode(x1)
+    if job.args.latents:
+        return decoded.cpu().numpy()
+    return to_uint8(decoded).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # grey images become RGB
+
+
+def generate(job: Job, store: SampleStore, missing: list[int], processes: Processes) -> None:
     """Draw this process's share of the missing samples and store them."""
-    batches = plan_batches(missing, args)
-    counter, wanted = EvaluationCounter(trained.model), set(missing)
+    args, pipe, wanted = job.args, job.pipe, set(missing)
+    batches = plan_batches(missing, args.per_proc_batch_size, job.solver.adaptive)
     with tqdm(total=len(missing), unit="image", desc="samples", disable=not processes.is_main) as progress:
         for number, batch in enumerate(batches[processes.rank :: processes.world_size]):
-            labels = [label_of(index, trained.model.num_classes, args) for index in batch]
-            with use_precision(args.precision, processes.device):
-                x1 = draw_samples(trained, counter, args, labels, batch, args.global_seed, processes.device)
-                content = content_of(trained, x1, args.latents)
+            labels = [label_of(index, pipe.model.num_classes, args) for index in batch]
+            generators = sample_generators(args.global_seed, batch, Stream.SAMPLES)
+            probes = sample_generators(args.global_seed, batch, Stream.PROBES)
+            with user_input():
+                x1 = pipe.latents(labels, job.solver, job.guidance, generators)
                 nats = None
-                if args.mode == "ODE" and args.likelihood:
-                    y, generators = (
-                        torch.tensor(labels, device=x1.device),
-                        sample_generators(args.global_seed, batch, PROBES),
-                    )
-                    nats = log_density(trained, EvaluationCounter(trained.model), args, x1, y, generators).tolist()
+                if job.likelihood:
+                    num_probes = args.num_probes or 1
+                    nats = pipe.log_prob(x1, labels, job.solver, job.guidance, num_probes, probes).tolist()
+            content = content_of(job, x1)
             rows = [row for row, index in enumerate(batch) if index in wanted]
             with writing(store.folder):
                 store.write([batch[row] for row in rows], content[rows], nats and [nats[row] for row in rows])
@@ -231,73 +274,75 @@ def generate(
             progress.update(sum(len(wanted.intersection(indices)) for indices in round_of_batches))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run sample_ddp.py with these command-line arguments."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.mode == "ODE" and args.num_probes and not args.likelihood:
-        parser.error("--num-probes has no effect without --likelihood")
-    check_solver_args(parser, args, noise_to_data=not (args.mode == "ODE" and args.likelihood))
-    if args.tf32 is not None:
-        if args.precision is not None:
-            parser.error("--tf32 and --precision say the same: give one of them")
-        args.precision = "tf32" if args.tf32 else "fp32"
-    if args.latents and args.png is not None:
-        parser.error("--png and --no-png are about images, and --latents makes none: leave it out")
-    args.png = not args.latents if args.png is None else args.png
-    processes = start_processes()
-    args.precision = args.precision or ("tf32" if processes.device.type == "cuda" else "fp32")
-    if processes.is_main and (line := precision_note(args.precision, processes.device)):
-        print(line, flush=True)
-    check_same_flags(args, processes, but={"ckpt", "vae", "sample_dir"})
-
-    def load() -> TrainedModel:
-        trained = load_trained(
-            args, processes.device, pictures=not args.latents, latents=args.latents, identify=processes.is_main
-        )
-        dry_run(trained, args, processes.device)
-        return trained
-
-    trained = agree(load, processes)
-    folder, missing = on_main(lambda: prepare(args, trained), processes)
-    store = make_store(args, folder)
-    generate(args, trained, store, missing, processes)
-    if dist.is_initialized():
-        dist.barrier()
-    # The others are done. They do not wait for these files, which may take longer than a process group's patience.
-    if processes.is_main:
-        finish(args, trained, folder)
-
-
-def prepare(args: argparse.Namespace, trained: TrainedModel) -> tuple[Path, list[int]]:
-    """The folder of the samples, and the numbers of those that are not there yet (ValueError, OSError)."""
-    folder = prepare_folder(args, trained)
-    present = make_store(args, folder).present(args.num_fid_samples)
-    missing = [index for index in range(args.num_fid_samples) if index not in present]
-    print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
-    return folder, missing
-
-
-def finish(args: argparse.Namespace, trained: TrainedModel, folder: Path) -> None:
+def finish(job: Job, folder: Path) -> None:
     """Write the .npz of all samples, and that of their log-densities.
 
     Raises:
         UserError: if a sample is missing or damaged, or the disk does not take them.
     """
-    store = make_store(args, folder)
-    lost = set(range(args.num_fid_samples)) - store.present(args.num_fid_samples)
+    store, number = make_store(job, folder), job.args.num_fid_samples
+    lost = set(range(number)) - store.present(number)
     if lost:
         raise UserError(f"{folder}: {len(lost)} samples were lost while others were made; run the command again")
     npz = folder.with_name(folder.name + ".npz")
     with user_input(), writing(npz):
-        array, nats = write_npz(npz, store, args.num_fid_samples)
+        array, nats = write_npz(npz, store, number)
     print(f"saved {npz}: arr_0 {array}")
-    if args.mode == "ODE" and args.likelihood:
-        model = trained.model
+    if job.likelihood:
+        model = job.pipe.model
         dimensions = model.in_channels * math.prod(model.input_size)
         likelihoods = npz.with_name(folder.name + "-likelihood.npz")
         with writing(likelihoods):
             print(write_likelihoods(likelihoods, nats, dimensions))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
+    """The job that the flags describe, and on the main process the digest of its weights.
+
+    Raises:
+        ValueError, OSError: if something is missing, or would fail later.
+    """
+    likelihood = args.mode == "ODE" and args.likelihood
+    solver, guidance = cli.solver_from(args), cli.guidance_from(args)
+    precision = args.precision or default_precision(processes.device, training=False)
+    if args.tf32 is not None:
+        precision = "tf32" if args.tf32 else "fp32"
+    if line := precision_note(precision, processes.device):
+        note(line)
+    pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents)
+    digest = fingerprint(pipe.model) if processes.is_main else ""
+    pipe.to(processes.device, precision, args.compile)
+    pipe.check(solver, guidance, likelihood)
+    return Job(args, pipe, solver, guidance), digest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run sample_ddp.py with these command-line arguments."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    processes = start_processes()
+    check_same_flags(vars(args), processes, but={"ckpt", "vae", "sample_dir"})
+    job, digest = agree(lambda: set_up(args, processes), processes)
+
+    def find_missing() -> tuple[Path, list[int]]:
+        folder = prepare_folder(job, digest)
+        present = make_store(job, folder).present(args.num_fid_samples)
+        missing = [index for index in range(args.num_fid_samples) if index not in present]
+        print(f"{folder}: {len(missing):,} of {args.num_fid_samples:,} samples to make", flush=True)
+        return folder, missing
+
+    folder, missing = on_main(find_missing, processes)
+    generate(job, make_store(job, folder), missing, processes)
+    if dist.is_initialized():
+        dist.barrier()
+    # The others are done. They do not wait for these files, which may take longer than a process group's patience.
+    if processes.is_main:
+        finish(job, folder)
 
 
 if __name__ == "__main__":

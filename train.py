@@ -35,7 +35,8 @@ from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
 from runtime.errors import UserError, run_script, user_input
 from transport import ODE, Transport, create_transport
-from weights.files import initialize_levels, load_pretrained
+from weights.layouts import initialize_levels
+from weights.pretrained import load_pretrained
 
 PREVIEW_COLUMNS = 8
 PREVIEW_STEPS = 25

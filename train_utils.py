@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from models import canonical_name
+from pipeline import Pipeline, check_claims
 from runtime.errors import UserError, note
 from runtime.speed import PRECISIONS
 from transport import (
@@ -277,6 +279,36 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
         help="other times at which the patch size changes, ascending (default: the checkpoint's)",
     )
     add_cfg_args(parser, cfg_scale, cfg_note)
+
+
+def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool = False) -> Pipeline:
+    """The trained network of --ckpt or --model, on the CPU, checked against the other flags of `add_model_args`.
+
+    Args:
+        pictures: samples are to be shown, for which they must have one channel or three
+        latents:  samples stay latents: no autoencoder is read
+
+    Raises:
+        OSError, ValueError: if something is missing, damaged, or not what the flags say.
+    """
+    source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
+    process = {name: getattr(args, name) for name in PROCESS_FLAGS}
+    pipe = Pipeline.load(source, args.weights, None if latents else args.vae, args.level_edges, process)
+    claims = {"model": args.model and canonical_name(args.model), "num_classes": args.num_classes}
+    check_claims(claims, {"model": pipe.name, "num_classes": pipe.model.num_classes}, source)
+    guidance_from(args).of(pipe.model)
+    if latents:
+        if args.image_size is not None:
+            raise ValueError("--image-size is the side of images, and --latents makes none: leave it out")
+        pipe.keep_latents(args.vae)
+        return pipe
+    check_claims({"image_size": args.image_size}, {"image_size": pipe.image_size[0]}, source)
+    if pictures and pipe.image_channels not in (1, 3):
+        raise ValueError(
+            f"{source} makes {pipe.image_channels} channels, which no picture holds: give --vae, "
+            f"or take the latents themselves with sample_ddp.py --latents"
+        )
+    return pipe
 
 
 def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> None:

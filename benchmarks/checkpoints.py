@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from checkpoints import CheckpointWriter, checkpoint_path
 
 from benchmarks.timing import add_device_args, default_precision, machine, open_device
-from checkpoints import CheckpointWriter, checkpoint_path
 from models import canonical_name, create_model
 from train_utils import ArgumentParser, positive_int, run_script, update_ema, use_precision, user_input
 from transport import create_transport

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+from compilation import compile_levels, replay_levels
 
 from benchmarks.timing import (
     add_device_args,
@@ -37,7 +38,6 @@ from benchmarks.timing import (
     seconds_of,
     table,
 )
-from compilation import compile_levels, replay_levels
 from download import load_pretrained
 from models import PyramidalPatchDiT, canonical_name
 from train_utils import PRECISIONS, ArgumentParser, UserError, positive_int, run_script, use_precision, user_input

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from latents import LatentShards
 
 from benchmarks.data import make_shards
 from benchmarks.steps import TRAINING_MACS, WAYS, Setting, Step, measure_memory
@@ -40,7 +41,6 @@ from benchmarks.timing import (
     table,
 )
 from data import StepSampler, training_loader
-from latents import LatentShards
 from models import canonical_name
 from train import draw_step
 from train_utils import ArgumentParser, RunLog, natural_int, positive_int, run_script, step_metrics, user_input

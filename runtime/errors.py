@@ -35,7 +35,7 @@ def user_input() -> Iterator[None]:
     """Turn errors raised while reading what the user gave into a UserError."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise UserError(str(error)) from error
 
 

@@ -66,7 +66,7 @@ class Preemption:
             signal.signal(number, signal.SIG_IGN if isinstance(error, SystemExit) else handler)
 
 
-def outlive_preemption(worker: int) -> None:
+def ignore_preemption_signals(worker: int) -> None:
     """In a loader's worker process: leave signals that whole process groups are sent to the main process.
 
     A worker that died would end the run before it can save. Its parent still ends it, by the same SIGTERM.

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-
 from autoencoder import LatentSpace, load_autoencoder
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 FACTOR = 2  # images are so many times larger than latents
 

@@ -8,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import autoencoder as room
 import pytest
 import torch
+from autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
 from conftest import ENVIRONMENT, ROOT
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from small_autoencoders import FACTOR, change_config, open_kl, save_kl, save_tiny
 
-import autoencoder as room
-from autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
-from train_utils import use_precision
 from runtime.rng import sample_generators
+from train_utils import use_precision
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
-
 from checkpoints import checkpoint_path, checkpoints_of, damage, newest_good
+from conftest import ENVIRONMENT, ROOT
 from preemption import EXIT_PREEMPTED
 
 KILLS = int(os.environ.get("CHAOS_KILLS", 5))

@@ -16,13 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
-
-import checkpoints
-from benchmarks import checkpoints as benchmark
 from checkpoints import (
     CheckpointWriter,
     checkpoint_path,
@@ -34,9 +31,12 @@ from checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
+from conftest import ROOT, TINY
+from preemption import EXIT_PREEMPTED, Preemption
+
+from benchmarks import checkpoints as benchmark
 from data import Digits, StepSampler, TrainingStream
 from download import load_pretrained
-from preemption import EXIT_PREEMPTED, Preemption
 from train import train
 from train_utils import UserError
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closed_form import EDGES
+from compilation import compile_levels, replay_levels
 from test_models import SQUARE, random_inputs, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from compilation import compile_levels, replay_levels
 from models import PyramidalPatchDiT
 from train_utils import UserError
 from transport import ClassifierFreeGuidance, Sampler, create_transport

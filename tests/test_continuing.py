@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
+from checkpoints import checkpoint_path, digest_path, find_checkpoint, newest_checkpoint, next_run_dir
 from conftest import ENVIRONMENT, ROOT, TINY
 from PIL import Image
 from test_train import assert_same_state, checkpoint
 
-import checkpoints
-from checkpoints import checkpoint_path, digest_path, find_checkpoint, newest_checkpoint, next_run_dir
 from train import train
 
 PICTURES = ["--model", "PPF-T-2", "--image-size", "16", "--vae", "none", "--global-batch-size", "4",

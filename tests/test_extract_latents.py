@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autoencoder import load_autoencoder
 from conftest import ENVIRONMENT, ROOT, start_script
+from images import ImageFolderDataset, center_crop_arr
+from latents import STORAGE, shard_files, shard_name
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,11 +27,8 @@ from small_autoencoders import save_kl, save_tiny
 from test_images import wrong_chunk_length
 
 import extract_latents as room
-from autoencoder import load_autoencoder
 from data import StepSampler, open_dataset, posterior_generators, training_loader
 from extract_latents import extract
-from images import ImageFolderDataset, center_crop_arr
-from latents import STORAGE, shard_files, shard_name
 
 SIZE = 16
 CLASSES = {"ant": 5, "bee": 1, "cat": 7}

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
+from images import LARGEST_IMAGE, UnreadableImage, center_crop_arr, printable, read_rgb
 from PIL import Image
 
 from data import StepSampler, open_dataset, training_loader
-from images import LARGEST_IMAGE, UnreadableImage, center_crop_arr, printable, read_rgb
 
 
 def png(width: int = 8, height: int = 8, seed: int = 0) -> bytes:

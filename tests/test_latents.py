@@ -6,20 +6,20 @@ import json
 import pickle
 from pathlib import Path
 
+import latents as room
 import numpy as np
 import pytest
 import torch
+from autoencoder import LatentSpace, PixelSpace, load_autoencoder
+from latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from small_autoencoders import change_config, open_kl, save_kl
 from torch.utils.data import DataLoader
 
-import latents as room
-from autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from benchmarks import data as benchmark
 from data import StepSampler, TrainingStream, as_it_is, open_dataset, training_loader
-from latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
 from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)

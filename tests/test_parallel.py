@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import parallel
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +17,6 @@ import torch.nn as nn
 from conftest import start_script
 from PIL import Image
 
-import parallel
 from models import create_model
 from train import train
 from train_utils import Processes

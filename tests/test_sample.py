@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compilation import compile_levels
 from conftest import start_script
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample_ddp
-from compilation import compile_levels
 from download import convert
 from sample import main
 from train import train

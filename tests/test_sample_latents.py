@@ -12,13 +12,13 @@ from conftest import start_script
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
+from sample_store import ShardStore
 from small_autoencoders import change_config, save_kl, save_tiny
 
 import sample
 import train
 from download import convert, load_pretrained
 from sample_ddp import build_parser, label_of, main
-from sample_store import ShardStore
 from train_utils import guided
 from transport import Sampler, create_transport, sample_generators
 

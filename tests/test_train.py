@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compilation import compile_levels
 from conftest import TINY, start_script
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from compilation import compile_levels
 from models import PyramidalPatchDiT, create_model
 from train import draw_step, train
 from train_utils import UserError, complete_file, update_ema

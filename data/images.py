@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from latents import MAX_CLASSES, digest, draw_flip
+from data.latents import MAX_CLASSES, digest, draw_flip
 
 # Errors of a disk or a network drive: no fault of the image that was to be read.
 DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}

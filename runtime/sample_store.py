@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from train_utils import complete_file
+from runtime.files import complete_file
 from transport import bits_per_dim
 
 PNGS_PER_FOLDER = 1000

@@ -13,6 +13,7 @@ level comes last and has no number. Letters: D hidden size, C input channels, E 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from models import MODELS, SIZES, PyramidalPatchDiT
+from runtime.files import check_tensors
 
 Weights = dict[str, torch.Tensor]
 
@@ -51,18 +53,6 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
         return "sit"
     first = ", ".join(names[:3]) if names else "nothing"
     raise ValueError(f"{source} has no known layout (ours, PPFlow's or SiT's): it begins with {first}")
-
-
-def check_tensors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], source: str) -> None:
-    """Compare names and shapes; the first difference is an error that names the tensor (ValueError)."""
-    for name in sorted(found.keys() | wanted.keys()):
-        if name not in found:
-            raise ValueError(f"{source} is incomplete or of another model: {name} is missing")
-        if name not in wanted:
-            raise ValueError(f"{source} is of another model: it has {name}, which is unknown")
-        if found[name].shape != wanted[name].shape:
-            shapes = f"{tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            raise ValueError(f"{source} is damaged or of another model: {name} is {shapes}")
 
 
 def _position_names(num_levels: int) -> list[str]:
@@ -275,6 +265,15 @@ def own_state_dict(model: PyramidalPatchDiT) -> Weights:
         if not torch.equal(buffer, model.position_embedding(level).to(buffer)):
             weights[f"pos_embed_{level}"] = buffer
     return weights
+
+
+def fingerprint(model: PyramidalPatchDiT) -> str:
+    """The sha256 of a network's names and weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(own_state_dict(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_own_state_dict(

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from autoencoder import Autoencoder, LatentSpace, Scaling
-from train_utils import complete_file
+from data.autoencoder import Autoencoder, LatentSpace, Scaling
+from runtime.files import complete_file
 from transport import randn
 
 FORMAT = "PPFlow latents 1"

@@ -1,0 +1,1 @@
+"""What training sees: datasets, latents, their autoencoder, and the order of samples."""

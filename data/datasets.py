@@ -1,0 +1,111 @@
+"""Datasets. A path's content decides: the bundled digits, a folder or zip archive of images, or latents of them."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.autoencoder import Autoencoder
+from data.images import ImageArchive, ImageFolderDataset
+from data.latents import LatentShards, digest, shard_files
+
+
+class AnyDataset(Protocol):
+    """A list of (x, label) with random access.
+
+    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once.
+    """
+
+    kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (as the network sees them)
+    num_classes: int
+    image_shape: tuple[int, ...]  # of what load gives, (C, H, W)
+    image_size: int | None  # side of the images; of latents, that of the images they were made of, where known
+    value_step: float | None  # distance of neighbouring pixel values, for bits per dimension; None for latents
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
+        """One x (C, H, W) float32 and its label; the generator decides what is random about it, None for nothing."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Identify what training sees, wherever it lies, in values that JSON has: equal for data that have not changed.
+
+        "kind", "images" (their number), "num_classes", "names" (digest of what there is), "labels" (digest); of latents
+        also "scaling". Nothing but labels is read for it.
+        """
+        ...
+
+
+class Digits(Dataset):
+    """The 1797 handwritten 8x8 digits that scikit-learn ships; 17 grey levels."""
+
+    kind = "digits"
+    num_classes = 10
+    image_shape = (1, 8, 8)
+    image_size = 8
+    value_step = 2 / 16
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+        digits = load_digits()
+        self.images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+        self.labels = torch.tensor(digits.target)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
+        """Image (1, 8, 8) and label; a mirrored digit is no digit, so nothing is augmented."""
+        return self.images[index], int(self.labels[index])
+
+    def identity(self) -> dict[str, Any]:
+        """See AnyDataset; the images are so small that their values stand for their names."""
+        names, labels = digest(self.images.numpy()), digest(self.labels.numpy())
+        classes = self.num_classes
+        return {"kind": self.kind, "images": len(self), "num_classes": classes, "names": names, "labels": labels}
+
+
+LOOKED_FOR = (
+    "the word 'digits', a folder of *.safetensors shards with latents, a zip archive of images, "
+    "or a folder with one sub-folder per class"
+)
+
+
+def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoencoder | None = None) -> AnyDataset:
+    """The dataset that a path holds.
+
+    Args:
+        path:        --data-path
+        image_size:  side of the images; None for the dataset's own (folders of images 256)
+        autoencoder: that of --vae, where it is given: what LightningDiT's shards are scaled by
+
+    Raises:
+        FileNotFoundError: if the path does not exist or holds nothing to train on.
+        ValueError: if it is damaged, or cannot give images of that size.
+    """
+    if path == "digits":
+        if image_size not in (None, Digits.image_size):
+            raise ValueError(f"digits are 8x8: leave --image-size {image_size} out")
+        return Digits()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--data-path {path} does not exist: looked for {LOOKED_FOR}")
+    if not Path(path).is_dir():
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"--data-path {path} is a file, but no zip archive: looked for {LOOKED_FOR}")
+        return ImageArchive(path, image_size)
+    if shard_files(path):
+        return LatentShards(path, autoencoder, image_size)
+    try:
+        return ImageFolderDataset(path, 256 if image_size is None else image_size)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"--data-path {path}: looked for {LOOKED_FOR} ({', '.join(IMG_EXTENSIONS)} files): {reason}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Trained weights on disk: layouts, files, and those that are published."""

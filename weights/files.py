@@ -1,0 +1,68 @@
+"""Files of weights, read without unpickling code: torch files with weights_only=True, and safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from models import PyramidalPatchDiT
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a file holds, onto the CPU: a state dict, or a dict of them with what else training saved.
+
+    Raises:
+        ValueError: if it cannot be read, or holds code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # PPFlow's and SiT's "args": plain data
+            # Mapped, not read: tensors that are not needed (the optimizer's) cost nothing.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds {refused[1]}, not only tensors and plain data: it is not opened") from error
+        # Where torch advises weights_only=False, the file is none of torch's.
+        advice = isinstance(error, pickle.UnpicklingError) or not str(error).strip()
+        reason = type(error).__name__ if advice else re.split(r"\. |\n", str(error).strip())[0]
+        raise ValueError(f"cannot read {path} ({path.stat().st_size:,} bytes), is it truncated? ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of tensors")
+    return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """A safetensors file as a checkpoint: its config is in its metadata, or next to it (save_pretrained)."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "config" in metadata:
+        return {"ema": state, "config": json.loads(metadata["config"]), "step": int(metadata["step"])}
+    beside = path.with_name("config.json")
+    if path.name == "model.safetensors" and beside.is_file():
+        config = json.loads(beside.read_text())
+        names = inspect.signature(PyramidalPatchDiT).parameters
+        return {"ema": state, "config": {**config, "model": {key: config[key] for key in names if key in config}}}
+    return state
+
+
+def choose_weights(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str, torch.Tensor]:
+    """The averaged or the last weights of a checkpoint; a bare state dict has one set, which counts as averaged."""
+    sets = {key: checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)}
+    sets = sets or {"ema": checkpoint}
+    if weights not in sets:
+        raise ValueError(f"{path} has no weights {weights!r}, only {', '.join(map(repr, sets))}")
+    for name, value in sets[weights].items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path} is no checkpoint: {name} is a {type(value).__name__}, not a tensor")
+    return sets[weights]

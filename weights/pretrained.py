@@ -1,0 +1,171 @@
+"""Trained weights in any layout: how each becomes a network, and how one layout becomes another.
+
+In our own layout a file holds the weights, the config and the step, without what only training needs:
+
+    .pt            {"ema": state dict, "config": {"model_name", "model", "transport", "vae"}, "step": int}
+    .safetensors   the state dict; the metadata has "config", as JSON, and "step"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from data.autoencoder import SHORT_NAMES
+from models import PyramidalPatchDiT
+from runtime.checkpoints import newest_checkpoint
+from runtime.files import complete_file
+from transport import PatchSchedule
+from weights.files import choose_weights, read_file
+from weights.layouts import (
+    export_state_dict,
+    fields_from_shapes,
+    import_state_dict,
+    layout_of,
+    load_own_state_dict,
+    own_state_dict,
+    registry_name,
+)
+from weights.published import download
+
+
+class TrainedWeights(NamedTuple):
+    """A network with the process it was trained for."""
+
+    model: PyramidalPatchDiT
+    transport: dict[str, Any]  # arguments of create_transport
+    vae: str  # "none" for pixels, or a diffusers id or path
+    name: str  # in the registry where the sizes are there, else a description
+    step: int  # of training; 0 if unknown
+    scaling: dict[str, Any] | None = None  # of the latents, where it is not the autoencoder's own
+    stated: frozenset[str] = frozenset()  # what of `transport` the file tells, or is known of published weights
+
+    @property
+    def schedule(self) -> PatchSchedule:
+        return PatchSchedule(tuple(self.transport["level_edges"]))
+
+
+def load_pretrained(
+    name_or_path: str | Path, weights: str = "ema", cache_dir: str | Path | None = None, **overrides: Any
+) -> TrainedWeights:
+    """A trained model, in evaluation mode on the CPU, from weights in any layout.
+
+    Args:
+        name_or_path: PPF-XL-2, PPF-XL-3 or SiT-XL/2, downloaded on first use; a run's folder for its newest checkpoint;
+                      a folder of save_pretrained; or a file in SiT's, PPFlow's or our layout (.pt or .safetensors)
+        weights:      "ema", or "model" for the last ones of a training checkpoint
+        cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
+        overrides:    arguments of PyramidalPatchDiT that win over what the file tells; num_heads and a height other
+                      than the width are in no tensor's shape
+
+    Raises:
+        FileNotFoundError: if there is no such file or published model.
+        ValueError:        if the file is damaged or of another model; the message names the tensor.
+        ConnectionError:   if a download fails.
+    """
+    path = _locate(name_or_path, cache_dir)
+    checkpoint = read_file(path)
+    state, source = choose_weights(checkpoint, weights, path), str(path)
+    other_size = "input_size" in overrides
+    if layout_of(state, source) == "ours":
+        config = checkpoint.get("config")
+        if not isinstance(config, dict) or "model" not in config:
+            raise ValueError(
+                f"{path} holds our weights without their config: give a checkpoint of train.py, or what "
+                "download.py convert or save_pretrained wrote"
+            )
+        model = PyramidalPatchDiT(**{**config["model"], **overrides})
+        load_own_state_dict(model, state, source, other_size)
+        described, vae, scaling = config.get("transport", {}), config.get("vae"), config.get("scaling")
+        step = int(checkpoint.get("step", 0))
+    else:
+        model = PyramidalPatchDiT(**fields_from_shapes(state, source, **overrides))
+        import_state_dict(model, state, source, other_size)
+        args, moments = checkpoint.get("args"), (checkpoint.get("opt") or {}).get("state", {})
+        described = vars(args) if isinstance(args, argparse.Namespace) else {}
+        vae, scaling = SHORT_NAMES.get(described.get("vae")), None
+        step = max((int(parameter.get("step", 0)) for parameter in moments.values()), default=0)  # Adam counts them
+    transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
+    vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
+    name = registry_name(model) or _describe(model)
+    published = not Path(name_or_path).expanduser().exists()
+    stated = frozenset(transport if published else transport.keys() & described.keys())
+    return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated)
+
+
+def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
+    """The process that the published weights were trained for, and files that say nothing of it."""
+    return {
+        "path_type": "Linear",
+        "prediction": "velocity",
+        "loss_weight": None,
+        "train_eps": None,
+        "sample_eps": None,
+        "level_edges": list(PatchSchedule.default(model.num_levels).level_edges),
+    }
+
+
+def _describe(model: PyramidalPatchDiT) -> str:
+    patches = "+".join(f"{p}x{q}" for p, q in model.patch_sizes)
+    return f"PyramidalPatchDiT {patches}, {model.depth} blocks, {model.hidden_size} wide"
+
+
+def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
+    """The file with the weights: a path wins over a name."""
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise FileNotFoundError(f"{name_or_path}: {error}") from error
+    if path.is_dir():
+        file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(path)
+        if file is None:
+            raise FileNotFoundError(f"{path} holds neither checkpoints/*.pt nor model.safetensors")
+        return file
+    if path.is_file():
+        return path
+    return download(str(name_or_path), cache_dir)
+
+
+def convert(source: str | Path, out: str | Path, layout: str, weights: str = "ema", **overrides: Any) -> TrainedWeights:
+    """Write weights of any layout as a .pt or .safetensors file in another.
+
+    Args:
+        source:    what load_pretrained takes
+        out:       the file to write; the module's docstring says what it holds
+        layout:    "ours", "ppflow" or "sit"; the last two hold weights alone, no schedule
+        weights:   which of a checkpoint's; as for load_pretrained
+        overrides: as for load_pretrained
+
+    Raises:
+        ValueError, OSError: if the source cannot be read, or the model has no such layout.
+    """
+    out = Path(out)
+    if out.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"{out} ends neither in .pt nor in .safetensors")
+    pretrained = load_pretrained(source, weights, **overrides)
+    content: dict[str, Any]
+    metadata = {"format": "pt"}  # which safetensors' readers expect
+    if layout == "ours":
+        config = {
+            "model_name": pretrained.name,
+            "model": pretrained.model.config,
+            "transport": pretrained.transport,
+            "vae": pretrained.vae,
+            "scaling": pretrained.scaling,
+        }
+        state = own_state_dict(pretrained.model)
+        content = {"ema": state, "config": config, "step": pretrained.step}
+        metadata |= {"config": json.dumps(config), "step": str(pretrained.step)}
+    else:
+        content = state = export_state_dict(pretrained.model, layout)
+    with complete_file(out) as temporary:
+        if out.suffix == ".pt":
+            torch.save(content, temporary)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+    return pretrained
