@@ -33,7 +33,7 @@ from data.latents import STORAGE, Shard, settings_of, shard_files, shard_metadat
 from runtime.distributed import agree, check_same_flags, on_main, start_processes
 from runtime.errors import UserError, run_script, user_input
 from runtime.files import complete_file
-from runtime.speed import use_precision
+from runtime.speed import default_precision, use_precision
 from train_utils import ArgumentParser, natural_int, positive_int, some_text
 
 SETTINGS = "settings.json"

@@ -249,9 +249,8 @@ class PyramidalPatchDiT(
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
         # Derived from the token grid, so not part of the state dict.
-        for level, patch_size in enumerate(self.patch_sizes):
-            positions = level_position_embedding(hidden_size, self.input_size, patch_size, self.patch_sizes[-1])
-            self.register_buffer(f"pos_embed_{level}", positions, persistent=False)
+        for level in range(self.num_levels):
+            self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
         self.initialize_weights()
         self._hub_mixin_config = self.config  # what save_pretrained writes: plain numbers, whatever was passed
 
@@ -271,6 +270,11 @@ class PyramidalPatchDiT(
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
+
+    def position_embedding(self, level: int) -> torch.Tensor:
+        """(T, D) sine-cosine embedding of a level's token grid."""
+        sizes = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
+        return level_position_embedding(self.hidden_size, *sizes)
 
     def initialize_weights(self) -> None:
         """Xavier-uniform linears with zero bias, tables and time MLP normal(0.02), modulation and heads zero (DiT)."""

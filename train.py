@@ -234,7 +234,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
         parallel.load_optimizer(optimizer, stored["opt"])
         for group in optimizer.param_groups:
             group["weight_decay"] = args.weight_decay
-    loss = parallel.loss_module(model, transport, processes, args.joint_levels)
+    loss = parallel.loss_module(model, transport)
 
     # The first lines of the log
     parameters = sum(parameter.numel() for parameter in model.parameters())

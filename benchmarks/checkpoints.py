@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from checkpoints import CheckpointWriter, checkpoint_path
 
 from benchmarks.timing import add_device_args, default_precision, machine, open_device
 from models import canonical_name, create_model
-from train_utils import ArgumentParser, positive_int, run_script, update_ema, use_precision, user_input
+from runtime.checkpoints import CheckpointWriter, checkpoint_path
+from runtime.errors import run_script, user_input
+from runtime.speed import update_ema, use_precision
+from train_utils import ArgumentParser, positive_int
 from transport import create_transport
 
 TARGET = 0.05  # stall over write time

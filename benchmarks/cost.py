@@ -14,19 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from UNKNOWN import add_level_edges, level_edges_of
 
 from benchmarks.timing import table
 from models import FREQUENCY_FEATURES, DiTBlock, PyramidalPatchDiT, canonical_name, create_model
-from train_utils import (
-    ArgumentParser,
-    add_level_edges,
-    level_edges_of,
-    positive_float,
-    positive_int,
-    probability,
-    run_script,
-    user_input,
-)
+from runtime.errors import run_script, user_input
+from train_utils import ArgumentParser, positive_float, positive_int, probability
 from transport import PatchSchedule
 
 FP32, BF16 = 4, 2  # bytes

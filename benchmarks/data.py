@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latents import FORMAT, STORAGE, LatentShards, shard_files, shard_name, write_shard
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import table
-from data import TrainingStream, as_it_is
-from train_utils import ArgumentParser, natural_int, positive_int, run_script
+from data.latents import FORMAT, STORAGE, LatentShards, shard_files, shard_name, write_shard
+from data.order import TrainingStream, identity_collate
+from runtime.errors import run_script
+from train_utils import ArgumentParser, natural_int, positive_int
 
 SHAPE = (4, 32, 32)
 PARTS = ("reads", "memory", "start")

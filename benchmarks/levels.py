@@ -17,7 +17,9 @@ import torch
 
 from benchmarks.timing import add_device_args, default_precision, machine, median_seconds, open_device, random_model
 from models import PyramidalPatchDiT, canonical_name
-from train_utils import ArgumentParser, UserError, positive_int, run_script, use_precision, user_input
+from runtime.errors import UserError, run_script, user_input
+from runtime.speed import use_precision
+from train_utils import ArgumentParser, positive_int
 
 DEFAULT_MODELS = ("PPF-S-2", "PPF-S-3", "PPF-B-2", "PPF-B-3")
 BACKWARD_MACS = 3  # of forward and backward, in forward passes: one product becomes three

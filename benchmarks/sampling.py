@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-from compilation import compile_levels, replay_levels
+from UNKNOWN import replay_levels
 
 from benchmarks.timing import (
     add_device_args,
@@ -38,10 +38,12 @@ from benchmarks.timing import (
     seconds_of,
     table,
 )
-from download import load_pretrained
 from models import PyramidalPatchDiT, canonical_name
-from train_utils import PRECISIONS, ArgumentParser, UserError, positive_int, run_script, use_precision, user_input
+from runtime.errors import UserError, run_script, user_input
+from runtime.speed import PRECISIONS, compile_levels, use_precision
+from train_utils import ArgumentParser, positive_int
 from transport import ClassifierFreeGuidance, PatchSchedule, Sampler, create_transport
+from weights.pretrained import load_pretrained
 
 SECTIONS = ("speed", "precision", "compile")
 SCALE = 4.0  # of guidance

@@ -20,23 +20,16 @@ from itertools import product
 
 import torch
 from tqdm import tqdm
+from UNKNOWN import guided
 
 from benchmarks.timing import machine, open_device, table
-from download import load_pretrained
-from train_utils import (
-    ArgumentParser,
-    add_cfg_args,
-    complete_file,
-    guided,
-    natural_int,
-    positive_int,
-    run_script,
-    some_text,
-    user_input,
-)
+from runtime.errors import run_script, user_input
+from runtime.files import complete_file
+from train_utils import ArgumentParser, add_cfg_args, natural_int, positive_int, some_text
 from transport import PATHS, PatchSchedule, Sampler, Transport, create_transport, sample_generators
 from transport.paths import like
 from transport.solvers import FIXED_METHODS, RUNGE_KUTTA_ADAPTIVE
+from weights.pretrained import load_pretrained
 
 METHODS = tuple(method for method in FIXED_METHODS if method != "fixed_adams")  # another name of implicit_adams
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)

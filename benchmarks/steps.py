@@ -7,13 +7,12 @@ import gc
 from dataclasses import dataclass
 
 import torch
-from compilation import compile_levels
-from parallel import gradient_norm
 
 from benchmarks.memory import Memory, in_fresh_process, kept_for_backward, resident
 from benchmarks.packing import DenseMaskPacking
 from benchmarks.timing import random_model
-from train_utils import ema_decay_at, update_ema, use_precision
+from runtime.parallel import gradient_norm
+from runtime.speed import compile_levels, ema_decay_at, update_ema, use_precision
 from transport import PatchSchedule, create_transport
 
 WAYS = ("separate", "joint", "packed")  # one pass per level; one pass for all; packed rows with a dense mask

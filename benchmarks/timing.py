@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from models import MODELS, PyramidalPatchDiT, create_model
-from train_utils import PRECISIONS, UserError, positive_float, use_precision
+from runtime.errors import UserError
+from runtime.speed import PRECISIONS, use_precision
+from train_utils import positive_float
 
 WARMUP = 2  # calls that are not timed
 PEAK_REPEATS = 10

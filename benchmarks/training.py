@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from latents import LatentShards
+from UNKNOWN import step_metrics
 
 from benchmarks.data import make_shards
 from benchmarks.steps import TRAINING_MACS, WAYS, Setting, Step, measure_memory
@@ -40,10 +40,13 @@ from benchmarks.timing import (
     seconds_of,
     table,
 )
-from data import StepSampler, training_loader
+from data.latents import LatentShards
+from data.order import StepSampler, training_loader
 from models import canonical_name
+from runtime.errors import run_script, user_input
+from runtime.logs import RunLog
 from train import draw_step
-from train_utils import ArgumentParser, RunLog, natural_int, positive_int, run_script, step_metrics, user_input
+from train_utils import ArgumentParser, natural_int, positive_int
 
 SECTIONS = ("ratio", "levels", "passes", "parts", "memory", "variants")
 TIME_TARGET = 1.05  # time ratio over GMACs ratio, at most

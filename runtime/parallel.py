@@ -52,7 +52,7 @@ def check_shard(processes: Processes) -> None:
 def place(network: PyramidalPatchDiT, processes: Processes, shard: bool, precision: str) -> PyramidalPatchDiT:
     """Put a network that was built on the CPU, alike in every process, where it computes; in place.
 
-    What else changes the blocks comes before this: compiled, then sharded.
+    Call this last: compile first, then shard.
 
     With `shard` a device takes a block's weights, keeps its part and then takes the next, so it never holds the whole.
     The blocks hold linear layers alone, which autocast runs in bf16: so bf16 is what is gathered for them. It is what
@@ -79,36 +79,22 @@ def place(network: PyramidalPatchDiT, processes: Processes, shard: bool, precisi
 class LossModule(nn.Module):
     """Model and transport as one module: what DistributedDataParallel wraps, called once per pass.
 
-    Args:
-        joint: all levels in one call of the model. FSDP2 needs it: a call gathers weights, so that all processes must
-               make the same calls, whichever levels their samples have.
+    All levels go through the model in one call, in which every parameter takes part: DDP waits for all of them, and
+    FSDP2 gathers weights at each call, so that all processes must make the same ones.
     """
 
-    def __init__(self, model: PyramidalPatchDiT, transport: Transport, joint: bool = False) -> None:
+    def __init__(self, model: PyramidalPatchDiT, transport: Transport) -> None:
         super().__init__()
         self.model = model
         self.transport = transport
-        self.joint = joint
 
     def forward(self, x1: torch.Tensor, y: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> dict[str, torch.Tensor]:
-        terms = self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0, joint=self.joint)
-        if self.joint:
-            return terms
-        present = set(self.transport.schedule.level_at(t).tolist())
-        # A level without samples still takes part, with gradient zero: DDP waits for every parameter.
-        absent = [p for level in range(self.model.num_levels) if level not in present
-                  for p in self.model.level_parameters(level)]  # fmt: skip
-        terms["loss"] = terms["loss"] + sum(0.0 * parameter.sum() for parameter in absent)
-        return terms
+        return self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0, joint=True)
 
 
-def loss_module(model: PyramidalPatchDiT, transport: Transport, processes: Processes, joint: bool) -> nn.Module:
-    """The training loss as a module whose backward pass averages the gradients of all processes.
-
-    Args:
-        joint: all levels in one call of the model, as a sharded one needs
-    """
-    loss = LossModule(model, transport, joint)
+def loss_module(model: PyramidalPatchDiT, transport: Transport) -> nn.Module:
+    """The training loss as a module whose backward pass averages the gradients of all processes."""
+    loss = LossModule(model, transport)
     if isinstance(model, FSDPModule) or not dist.is_initialized():
         return loss
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.6
@@ -117,7 +103,7 @@ def loss_module(model: PyramidalPatchDiT, transport: Transport, processes: Proce
 
 
 def synchronize_gradients(loss: nn.Module, enabled: bool) -> None:
-    """Whether the next pass averages gradients; those of passes that do not are added up until one does.
+    """Enable gradient synchronisation for the next backward pass; without it gradients accumulate locally.
 
     A sharded model's are whole until then: passes that do not average take the memory of all its gradients.
     """
@@ -139,7 +125,7 @@ def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process. Collective, and waits for the device unless there is one process."""
+    """True if the flag is set on any process. Collective, and waits for the device unless there is one process."""
     return flag if not dist.is_initialized() else all_reduce(torch.tensor(float(flag), device=device)).item() > 0
 
 

@@ -291,6 +291,15 @@ class Run:
         if self.log:
             self.log.text(line)
 
+    def record(self, values: dict[str, Any]) -> None:
+        """Log the metrics of a step."""
+        if self.log:
+            self.log.record(values)
+            rate, seconds = values["images_per_second"], values["step_time"]
+            self.say(
+                f"step {values['step']}: loss {values['loss']:.4f}, {rate:.0f} images/s, {seconds * 1e3:.0f} ms/step"
+            )
+
     @property
     def should_stop(self) -> bool:
         """True once this process was asked to save and end."""

@@ -63,7 +63,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Call a script's main with bad input: it must end with one line on stderr and exit code 2, which is returned."""
-    from train_utils import run_script
+    from runtime.errors import run_script
 
     def check(main: Callable[[list[str]], None], *flags: object) -> str:
         capsys.readouterr()

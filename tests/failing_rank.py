@@ -35,9 +35,9 @@ def main() -> None:
         elif kind == "full-disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         elif kind == "crash":
-            import data
+            from data.datasets import Digits
 
-            data.Digits.load = crash
+            Digits.load = crash
         elif kind == "flags":
             flags += value.split()
     sys.argv = [script, *flags]

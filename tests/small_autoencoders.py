@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoencoder import LatentSpace, load_autoencoder
 from diffusers import AutoencoderKL, AutoencoderTiny
+
+from data.autoencoder import LatentSpace, load_autoencoder
 
 FACTOR = 2  # images are so many times larger than latents
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import autoencoder as room
 import pytest
 import torch
-from autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
 from conftest import ENVIRONMENT, ROOT
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from small_autoencoders import FACTOR, change_config, open_kl, save_kl, save_tiny
 
+from data.autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
 from runtime.rng import sample_generators
-from train_utils import use_precision
+from runtime.speed import use_precision
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from benchmarks import cost
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import random_model
 from models import FREQUENCY_FEATURES, create_model
-from train_utils import use_precision
+from runtime.speed import use_precision
 from transport import PatchSchedule, create_transport
 
 CPU = torch.device("cpu")

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoint_path, checkpoints_of, damage, newest_good
 from conftest import ENVIRONMENT, ROOT
-from preemption import EXIT_PREEMPTED
+
+from runtime.checkpoints import checkpoint_path, checkpoints_of, damage, newest_good
+from runtime.preemption import EXIT_PREEMPTED
 
 KILLS = int(os.environ.get("CHAOS_KILLS", 5))
 KILLS_PER_RUN = 5

@@ -16,11 +16,16 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import (
+from conftest import ROOT, TINY
+
+from benchmarks import checkpoints as benchmark
+from data.datasets import Digits
+from data.order import StepSampler, TrainingStream
+from runtime import checkpoints
+from runtime.checkpoints import (
     CheckpointWriter,
     checkpoint_path,
     checkpoints_of,
@@ -31,14 +36,10 @@ from checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
-from conftest import ROOT, TINY
-from preemption import EXIT_PREEMPTED, Preemption
-
-from benchmarks import checkpoints as benchmark
-from data import Digits, StepSampler, TrainingStream
-from download import load_pretrained
+from runtime.errors import UserError
+from runtime.preemption import EXIT_PREEMPTED, Preemption
 from train import train
-from train_utils import UserError
+from weights.pretrained import load_pretrained
 
 CORRUPTIONS = int(os.environ.get("CHAOS_CORRUPTIONS", 24))
 
@@ -448,18 +449,19 @@ def test_a_signal_saves_the_step_and_the_same_command_ends_alike(
 ) -> None:
     import train as script
 
+    owner, name = {"forward": (script, "draw_step"), "preview": (script.Pipeline, "images")}[where]
     flags = [*TINY, "--run-dir", str(tmp_path), "--max-steps", "20", "--log-every", "1", "--sample-every", "6"]
-    original: Callable = getattr(script, {"forward": "draw_step", "preview": "guided"}[where])
+    original: Callable = getattr(owner, name)
 
-    def signalled(*args: object) -> object:
+    def signalled(*args: object, **kwargs: object) -> object:
         due = args[0] == 6 if where == "forward" else (tmp_path / "samples").exists()  # the seventh step, its preview
         if due and not (tmp_path / "signalled").exists():
             (tmp_path / "signalled").touch()
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*args)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(script, {"forward": "draw_step", "preview": "guided"}[where], signalled)
+        patched.setattr(owner, name, signalled)
         with pytest.raises(SystemExit) as stopped:
             train(flags)
     assert stopped.value.code == EXIT_PREEMPTED

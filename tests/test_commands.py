@@ -18,8 +18,10 @@ from PIL import Image
 import sample
 import sample_ddp
 import train
-from download import PUBLISHED, Published, export_state_dict, load_pretrained
 from models import create_model
+from weights.layouts import export_state_dict
+from weights.pretrained import load_pretrained
+from weights.published import PUBLISHED, Published
 
 SMALL_TRAINING = ["--image-size", "64", "--global-batch-size", "4", "--max-steps", "2", "--num-workers", "0"]
 UNSHOWN = [*SMALL_TRAINING, "--sample-every", "0"]  # without a grid of samples

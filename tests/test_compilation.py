@@ -1,19 +1,16 @@
 """torch.compile: how many graphs there are, and that they compute what the network computes."""
 
-import contextlib
 import copy
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from closed_form import EDGES
-from compilation import compile_levels, replay_levels
 from test_models import SQUARE, random_inputs, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models import PyramidalPatchDiT
-from train_utils import UserError
+from runtime.errors import UserError
+from runtime.speed import compile_levels
 from transport import ClassifierFreeGuidance, Sampler, create_transport
 
 
@@ -122,72 +119,6 @@ def test_the_state_dict_and_the_original_stay_as_they_were():
         inputs = random_inputs(model, 3, torch.float32)
         assert torch.equal(compiled(*inputs), torch.zeros_like(inputs[0]))  # today's weights, not those of the start
         assert model(*inputs).abs().max() > 0.1
-
-
-class FakeGraph:
-    """Replays what was called while it was recorded: on the same inputs, into the same output."""
-
-    recording: "FakeGraph | None" = None
-
-    @contextlib.contextmanager
-    def record(self, pool: object):
-        FakeGraph.recording = self
-        yield
-        FakeGraph.recording = None
-
-    def replay(self) -> None:
-        self.output.copy_(self.call())
-
-
-def test_replayed_graphs_follow_their_inputs(monkeypatch):
-    """The bookkeeping of recorded graphs, on a stand-in for CUDA's; on a GPU the next test runs the real ones."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": FakeGraph,
-                        "stream": lambda _: contextlib.nullcontext(), "graph_pool_handle": lambda: "pool",
-                        "graph": lambda graph, pool: graph.record(pool)}.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    model = random_model(SQUARE, torch.float32)
-    replayed, calls = copy.deepcopy(model), []
-    original = replayed.forward
-
-    def forward(*inputs: torch.Tensor, level: int) -> torch.Tensor:
-        calls.append(level)
-        output = original(*inputs, level=level)
-        if graph := FakeGraph.recording:
-            graph.output, graph.call = output, partial(original, *inputs, level=level)
-        return output
-
-    replayed.forward = forward
-    replay_levels(replayed)
-    check_replayed(model, replayed, "cpu")
-    assert len(calls) == 4 * 4  # each is recorded after three calls, and never called again
-    replayed(*random_inputs(model, 2, torch.float32), level=0)  # with gradients nothing is recorded
-    assert len(replayed.forward.graphs) == 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_compute_what_the_network_computes():
-    model = random_model(SQUARE, torch.float32).cuda()
-    replayed = copy.deepcopy(model)
-    replay_levels(replayed)
-    check_replayed(model, replayed, "cuda")
-
-
-def check_replayed(model: PyramidalPatchDiT, replayed: PyramidalPatchDiT, device: str) -> None:
-    """A trajectory that is guided on a part of two levels: the same samples, with a graph for each level and size."""
-    transport = create_transport(level_edges=EDGES[3])
-    x0 = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    samples = [
-        Sampler(transport).sample_ode(
-            ClassifierFreeGuidance(network, (1.0, 1.5, 2.0), network.num_classes, interval=(0.3, 0.9)),
-            x0,
-            num_steps=12,
-            y=torch.arange(5, device=device),
-        )
-        for network in (model, replayed)
-    ]
-    torch.testing.assert_close(*samples, atol=1e-4, rtol=1e-4)
-    assert len(replayed.forward.graphs) == 4
 
 
 def test_a_compiler_that_fails_is_reported_in_one_line():

@@ -17,15 +17,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoint_path, digest_path, find_checkpoint, newest_checkpoint, next_run_dir
 from conftest import ENVIRONMENT, ROOT, TINY
 from PIL import Image
 from test_train import assert_same_state, checkpoint
 
+from runtime import checkpoints
+from runtime import run as run_folder
+from runtime.checkpoints import checkpoint_path, digest_path, find_checkpoint, newest_checkpoint
+from runtime.run import next_run_dir
 from train import train
 
 PICTURES = ["--model", "PPF-T-2", "--image-size", "16", "--vae", "none", "--global-batch-size", "4",
@@ -319,7 +321,7 @@ def test_the_newest_checkpoint_is_chosen_once_the_folder_is_locked(run: Path, ca
     """A predecessor that is just ending saves its last checkpoint while this process waits."""
     newest = checkpoint_path(run, 20)
     late = [newest.rename(newest.with_name("late.pt")), digest_path(newest).rename(newest.with_name("late.sha256"))]
-    real = checkpoints.lock_run_dir
+    real = run_folder.lock_run_dir
 
     def lock(run_dir: Path) -> bool:
         if late[0].exists():
@@ -327,19 +329,19 @@ def test_the_newest_checkpoint_is_chosen_once_the_folder_is_locked(run: Path, ca
             late[0].rename(newest)
         return real(run_dir)
 
-    monkeypatch.setattr(checkpoints, "lock_run_dir", lock)
+    monkeypatch.setattr(run_folder, "lock_run_dir", lock)
     train([*TINY, "--run-dir", str(run), "--max-steps", "21"])
     assert "continuing from step 20" in capsys.readouterr().out
 
 
 def test_a_run_that_began_meanwhile_is_not_overwritten(tiny_run: Path, tmp_path: Path, monkeypatch, refuses) -> None:
-    real = checkpoints.lock_run_dir
+    real = run_folder.lock_run_dir
 
     def lock(run_dir: Path) -> bool:
         shutil.copytree(tiny_run, run_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
         return real(run_dir)
 
-    monkeypatch.setattr(checkpoints, "lock_run_dir", lock)
+    monkeypatch.setattr(run_folder, "lock_run_dir", lock)
     assert "another process has begun a run in" in refuses(train, *TINY, "--run-dir", tmp_path / "new")
 
 
@@ -429,3 +431,36 @@ def test_names_without_an_encoding_reach_the_log(pictures: Path, tmp_path: Path)
     done = subprocess.run([*command[:-1], str(tmp_path / "other")], env=environment, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
+
+
+# -- Runs of earlier versions ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run at its second step, made by the code that tests/earlier_run/make.py names."""
+    from earlier_run.make import SIZE
+
+    from models import MODELS
+
+    monkeypatch.setitem(MODELS, "PPF-T-2", {**MODELS["PPF-T-2"], **SIZE})
+    return Path(shutil.copytree(ROOT / "tests" / "earlier_run", tmp_path / "earlier"))
+
+
+def test_a_run_of_an_earlier_version_continues_as_it_did(earlier_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [json.loads(line) for line in (earlier_run / "metrics.jsonl").read_text().splitlines()]
+    train(["--run-dir", str(earlier_run)])
+    found = [json.loads(line) for line in (earlier_run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    for record, other in zip(found, expected, strict=True):
+        for key in ("loss", "loss_level_0", "loss_level_1", "grad_norm", "lr", "epoch"):
+            assert record[key] == pytest.approx(other[key], rel=1e-5), (record["step"], key)
+
+
+def test_a_run_of_an_earlier_version_is_sampled_from(earlier_run: Path) -> None:
+    from pipeline import Pipeline
+    from transport import ODE
+
+    pipe = Pipeline.load(earlier_run)
+    assert (pipe.step, pipe.transport.schedule.level_edges) == (2, (0.5,))
+    assert pipe.images([1, 2], ODE(num_steps=4)).shape == (2, 1, 8, 8)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import ImageFolderDataset, UnreadableImage, center_crop_arr
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data import Digits, StepSampler, TrainingStream, open_dataset, training_loader
+from data.datasets import Digits, open_dataset
+from data.images import ImageFolderDataset, UnreadableImage, center_crop_arr
+from data.order import StepSampler, TrainingStream, training_loader
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:

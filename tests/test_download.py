@@ -17,8 +17,10 @@ from published import HEADS, check_levels, published_weights, same_weights, save
 from safetensors.torch import save_file
 
 import download
-from download import PUBLISHED, Published, convert, export_state_dict, load_pretrained
 from models import PyramidalPatchDiT, create_model
+from weights.layouts import export_state_dict
+from weights.pretrained import convert, load_pretrained
+from weights.published import PUBLISHED, Published
 
 # -- Files that are refused ---------------------------------------------------------------------------------------
 

@@ -16,10 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from autoencoder import load_autoencoder
 from conftest import ENVIRONMENT, ROOT, start_script
-from images import ImageFolderDataset, center_crop_arr
-from latents import STORAGE, shard_files, shard_name
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,7 +24,11 @@ from small_autoencoders import save_kl, save_tiny
 from test_images import wrong_chunk_length
 
 import extract_latents as room
-from data import StepSampler, open_dataset, posterior_generators, training_loader
+from data.autoencoder import load_autoencoder
+from data.datasets import open_dataset
+from data.images import ImageFolderDataset, center_crop_arr
+from data.latents import STORAGE, shard_files, shard_name
+from data.order import StepSampler, posterior_generators, training_loader
 from extract_latents import extract
 
 SIZE = 16

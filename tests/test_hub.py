@@ -15,8 +15,8 @@ from huggingface_hub import hub_mixin
 from published import inputs, same_weights, tiny
 from safetensors.torch import load_file, save_file
 
-from download import default_transport, load_pretrained
 from models import PyramidalPatchDiT
+from weights.pretrained import default_transport, load_pretrained
 
 ODD = {"input_size": (8, 12), "patch_sizes": ((4, 3), (2, 3)), "mlp_ratio": 2.5, "in_channels": 3, "learn_sigma": False}
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
-from images import LARGEST_IMAGE, UnreadableImage, center_crop_arr, printable, read_rgb
 from PIL import Image
 
-from data import StepSampler, open_dataset, training_loader
+from data.datasets import open_dataset
+from data.images import LARGEST_IMAGE, UnreadableImage, center_crop_arr, printable, read_rgb
+from data.order import StepSampler, training_loader
 
 
 def png(width: int = 8, height: int = 8, seed: int = 0) -> bytes:
@@ -188,7 +189,7 @@ def test_long_images_are_cropped_like_others(width, height, monkeypatch):
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     image.putpixel((width // 2, height // 2), (0, 90, 180))
     crop = center_crop_arr(image, 16)
-    monkeypatch.setattr("images.LONGEST", np.inf)
+    monkeypatch.setattr("data.images.LONGEST", np.inf)
     whole = center_crop_arr(image, 16)
     assert crop.shape == whole.shape == (16, 16, 3)
     assert np.abs(crop.astype(int) - whole).max() <= 2  # roundings

@@ -10,8 +10,6 @@ import latents as room
 import numpy as np
 import pytest
 import torch
-from autoencoder import LatentSpace, PixelSpace, load_autoencoder
-from latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -19,7 +17,10 @@ from small_autoencoders import change_config, open_kl, save_kl
 from torch.utils.data import DataLoader
 
 from benchmarks import data as benchmark
-from data import StepSampler, TrainingStream, as_it_is, open_dataset, training_loader
+from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
+from data.datasets import open_dataset
+from data.latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
+from data.order import StepSampler, TrainingStream, training_loader
 from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
@@ -196,7 +197,7 @@ def test_spawned_workers_are_sent_no_data(tmp_path, space):
     batches = {}
     for method in ("fork", "spawn"):
         loader = DataLoader(TrainingStream(dataset, 0), batch_sampler=[range(6), range(300, 306)], num_workers=1,
-                            collate_fn=as_it_is, multiprocessing_context=method)  # fmt: skip
+                            collate_fn=identity_collate, multiprocessing_context=method)  # fmt: skip
         batches[method] = torch.cat([latents for latents, _ in loader])
     assert torch.equal(batches["fork"], batches["spawn"])
 

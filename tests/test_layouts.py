@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import export_state_dict, fields_from_shapes, initialize_levels, registry_name
 from published import (
     CLASSES,
     DEPTH,
@@ -25,9 +24,11 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from download import PUBLISHED, convert, load_pretrained
 from models import MODELS, PyramidalPatchDiT, create_model, patchify, unpatchify
 from transport import PatchSchedule, create_transport
+from weights.layouts import export_state_dict, fields_from_shapes, initialize_levels, registry_name
+from weights.pretrained import convert, load_pretrained
+from weights.published import PUBLISHED
 
 # -- Reading, against the published networks ------------------------------------------------------------------------
 

@@ -12,15 +12,8 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import (
-    MODELS,
-    PyramidalPatchDiT,
-    canonical_name,
-    create_model,
-    patchify,
-    sincos_position_embedding,
-    unpatchify,
-)
+from models import MODELS, PyramidalPatchDiT, canonical_name, create_model, patchify, unpatchify
+from positions import sincos_position_embedding
 
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "in_channels": 3}
 SQUARE = {**TINY, "input_size": 8, "patch_sizes": ((4, 4), (2, 4), (2, 2))}

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import parallel
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,8 +17,9 @@ from conftest import start_script
 from PIL import Image
 
 from models import create_model
+from runtime import parallel
+from runtime.distributed import Processes
 from train import train
-from train_utils import Processes
 from transport import create_transport
 
 # Each process has six of a step's twelve samples, in two passes. One or two of the twelve belong to level 1, as times
@@ -78,9 +78,9 @@ def needs_streams() -> None:
 
 @pytest.fixture(scope="module")
 def ddp_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of two DDP processes with a pass for each level that a process has samples of, and a preview."""
+    """Six steps of two DDP processes, and a preview."""
     run_dir = tmp_path_factory.mktemp("runs") / "ddp"
-    torchrun(2, "--no-joint-levels", "--run-dir", run_dir)
+    torchrun(2, "--run-dir", run_dir)
     return run_dir
 
 
@@ -140,7 +140,7 @@ def test_bf16_weights_give_the_gradients_of_autocast(tmp_path: Path) -> None:
         sharded.blocks[0].mlp.fc1.register_forward_pre_hook(lambda layer, _: dtypes.add(layer.weight.dtype))
         for model in (plain, sharded):
             with torch.autocast("cpu", torch.bfloat16):
-                terms = parallel.LossModule(model, transport, joint=True)(*data, x0=data[0].flip(0))
+                terms = parallel.LossModule(model, transport)(*data, x0=data[0].flip(0))
             terms["loss"].mean().backward()
         gradients = [parameter.grad.full_tensor() for parameter in sharded.parameters()]
         norm = parallel.gradient_norm(sharded)
@@ -175,7 +175,7 @@ def test_gradients_are_averaged_once_per_step(shard: bool, passes: int, two_proc
         needs_streams()
     model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10)
     model = parallel.place(model, two_processes, shard, "fp32")
-    loss = parallel.loss_module(model, create_transport(level_edges=(0.5,)), two_processes, joint=shard)
+    loss = parallel.loss_module(model, create_transport(level_edges=(0.5,)))
     reductions = []
     if not shard:
 

@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compilation import compile_levels
 from conftest import start_script
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample_ddp
-from download import convert
+from runtime.speed import compile_levels, precision_note
 from sample import main
 from train import train
-from train_utils import precision_note
+from weights.pretrained import convert
 
 
 def cost(text: str, name: str) -> tuple[float, float]:
@@ -180,7 +179,7 @@ def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path
 
 def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
-    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend=counter))
+    monkeypatch.setattr("pipeline.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     grids = {}
     for name, flags in {"plain": [], "compiled": ["--compile"], "bf16": ["--precision", "bf16"],
@@ -199,7 +198,7 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
 
 
 def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sample_models.compile_levels", partial(compile_levels, backend="aot_eager"))
+    monkeypatch.setattr("pipeline.compile_levels", partial(compile_levels, backend="aot_eager"))
     nats = []
     for flags in ([], ["--compile"]):
         out = tmp_path / "l.json"
@@ -315,7 +314,7 @@ def test_bare_weights_are_told_their_process(noise_run: Path, tmp_path: Path) ->
     ],
 )
 def test_a_processor_without_bf16_is_told(flags: str | None, slow: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("train_utils.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("runtime.speed.CPU_INFO", tmp_path / "cpuinfo")
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
     line = precision_note("bf16", torch.device("cpu"))
@@ -327,7 +326,7 @@ def test_a_processor_without_bf16_is_told(flags: str | None, slow: bool, tmp_pat
 
 def test_the_note_comes_once(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "cpuinfo").write_text("flags : sse2\n")
-    monkeypatch.setattr("train_utils.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("runtime.speed.CPU_INFO", tmp_path / "cpuinfo")
     flags = ["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "2", "--precision"]
     for precision in ("bf16", "fp32"):
         main([*flags, precision, "--out", str(tmp_path / "a.png")])
@@ -372,7 +371,6 @@ def test_the_note_comes_once(tiny_run: Path, tmp_path: Path, monkeypatch, capsys
         ("SDE", ["--likelihood"], "--likelihood"),
         ("ODE", ["--likelihood", "--data-path", "digits", "--sampling-method", "dpmpp_2m"], "choose ab2"),
         ("ODE", ["--reverse", "--data-path", "digits", "--sampling-method", "dpmpp_2m"], "choose ab2"),
-        ("ODE", ["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
         ("SDE", ["--last-step", "None", "--last-step-size", "0.1"], "has no effect with --last-step None"),
         ("SDE", ["--level-edges", "0.98"], "would cross the level edge at 0.98"),
         ("SDE", ["--diffusion-form", "increasing-decresing"], "invalid choice"),
@@ -417,7 +415,7 @@ def test_unwritable_answer_is_refused_before_the_work(tiny_run: Path, tmp_path: 
 
 
 def test_ctrl_c_ends_without_a_traceback(capsys) -> None:
-    from train_utils import run_script
+    from runtime.errors import run_script
 
     def interrupted() -> None:
         raise KeyboardInterrupt

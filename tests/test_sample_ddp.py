@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, start_script
 from PIL import Image
-from sample_models import fingerprint
-from sample_store import PngStore, ShardStore, write_npz
 
-from download import load_pretrained
 from models import create_model
+from runtime.sample_store import PngStore, ShardStore, write_npz
 from sample_ddp import build_parser, label_of, main
+from weights.layouts import fingerprint
+from weights.pretrained import load_pretrained
 
 
 def npz(folder: Path) -> np.ndarray:

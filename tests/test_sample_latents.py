@@ -12,15 +12,14 @@ from conftest import start_script
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
-from sample_store import ShardStore
 from small_autoencoders import change_config, save_kl, save_tiny
 
 import sample
 import train
-from download import convert, load_pretrained
+from runtime.sample_store import ShardStore
 from sample_ddp import build_parser, label_of, main
-from train_utils import guided
-from transport import Sampler, create_transport, sample_generators
+from transport import ClassifierFreeGuidance, Sampler, create_transport, sample_generators
+from weights.pretrained import convert, load_pretrained
 
 MEAN, DEVIATION = 3.0, 5.0
 WIDE = 32  # channels, as VA-VAE's
@@ -139,7 +138,7 @@ def test_latents_of_an_unknown_autoencoder_are_scaled_by_their_statistics(wide_r
     x0 = torch.stack([torch.randn(WIDE, 4, 4, generator=g) for g in sample_generators(0, range(5), 7)])
     y = torch.tensor([label_of(index, 2, args) for index in range(5)])
     sampler = Sampler(create_transport(**pretrained.transport))
-    x1 = sampler.sample_ode(guided(pretrained.model, args), x0, num_steps=3, y=y)
+    x1 = sampler.sample_ode(ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y)
     np.testing.assert_allclose(arrays(tmp_path, "-latents")["arr_0"], MEAN + DEVIATION * x1, rtol=1e-4, atol=1e-4)
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compilation import compile_levels
 from conftest import TINY, start_script
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models import PyramidalPatchDiT, create_model
+from runtime.errors import UserError
+from runtime.files import complete_file
+from runtime.speed import compile_levels, update_ema
 from train import draw_step, train
-from train_utils import UserError, complete_file, update_ema
 from transport import Transport, create_transport
 
 
@@ -155,11 +156,11 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
 
 def test_faster_and_smaller_steps_have_the_same_losses(tmp_path: Path, monkeypatch) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
-    monkeypatch.setattr("train.compile_levels", partial(compile_levels, backend=counter))
+    monkeypatch.setattr("runtime.speed.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     found = {}
-    for flags in ("", "--no-joint-levels", "--activation-checkpointing", "--compile", "--precision bf16",
-                  "--compile --no-joint-levels", "--compile --activation-checkpointing --precision bf16"):  # fmt: skip
+    for flags in ("", "--activation-checkpointing", "--compile", "--precision bf16",
+                  "--compile --activation-checkpointing --precision bf16"):  # fmt: skip
         run_dir = tmp_path / (flags or "plain")
         # An edge that cuts the batch into whole samples nowhere: the levels' shares change from step to step.
         train([*TINY, "--level-edges", "0.47", "--max-steps", "5", "--log-every", "1", "--sample-every", "0",
@@ -169,7 +170,7 @@ def test_faster_and_smaller_steps_have_the_same_losses(tmp_path: Path, monkeypat
         assert ("first step after" in log) == ("--compile" in flags)
         if flags == "--compile":
             assert counter.frame_count == 1
-    assert counter.frame_count == 1 + 2 + 1  # a graph for both levels, one for each, and one for both in bf16
+    assert counter.frame_count == 1 + 1  # a graph for both levels, and one in bf16
     for flags, values in found.items():
         np.testing.assert_allclose(values, found[""], rtol=5e-3 if "bf16" in flags else 1e-5, err_msg=flags)
 
@@ -178,31 +179,27 @@ def test_a_run_continues_with_other_flags_of_speed(tiny_run: Path, tmp_path: Pat
     continued = tmp_path / "continued"
     shutil.copytree(tiny_run, continued)
     (continued / "checkpoints" / "0000020.pt").unlink()
-    train([*TINY, "--run-dir", str(continued), "--max-steps", "20", "--log-every", "1", "--no-joint-levels",
+    train([*TINY, "--run-dir", str(continued), "--max-steps", "20", "--log-every", "1",
            "--activation-checkpointing"])  # fmt: skip
     np.testing.assert_allclose(losses(continued), losses(tiny_run), rtol=1e-4)
 
 
 def test_random_numbers_of_a_step_do_not_depend_on_the_processes() -> None:
-    from train import build_parser
-
-    args = build_parser().parse_args([*TINY])
     transport = create_transport(level_edges=(0.5,))
 
     def draw(rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
         n, first = 32 // world_size, 7 * 32
-        return draw_step(7, range(first + rank * n, first + (rank + 1) * n), (1, 8, 8), transport, args)
+        positions = range(first + rank * n, first + (rank + 1) * n)
+        return draw_step(7, positions, (1, 8, 8), transport, seed=0, batch_size=32, dropout=0.1)
 
     for whole, *parts in zip(draw(0, 1), *(draw(rank, 4) for rank in range(4)), strict=True):
         assert torch.equal(whole, torch.cat(parts))
 
 
 def test_labels_are_dropped_with_the_given_probability() -> None:
-    from train import build_parser
-
-    args = build_parser().parse_args([*TINY, "--class-dropout-prob", "0.3", "--global-batch-size", "1000"])
+    transport, settings = create_transport(), {"seed": 0, "batch_size": 1000, "dropout": 0.3}
     drops = [
-        draw_step(step, range(1000 * step, 1000 * (step + 1)), (1,), create_transport(), args)[2] for step in range(10)
+        draw_step(step, range(1000 * step, 1000 * (step + 1)), (1,), transport, **settings)[2] for step in range(10)
     ]
     rate = torch.cat(drops).float().mean().item()
     assert abs(rate - 0.3) < 4 * (0.3 * 0.7 / 10_000) ** 0.5
@@ -363,7 +360,6 @@ def test_unknown_flag_is_an_error_and_not_an_abbreviation(refuses) -> None:
         (["--lr", "inf"], "inf"),
         (["--epochs", "3", "--max-steps", "5"], "give one of them"),
         (["--data-path", ""], "it is empty"),
-        (["--shard", "--no-joint-levels"], "leave --no-joint-levels out"),
     ],
 )
 def test_bad_flags_end_before_training(flags: list[str], words: str, tmp_path: Path, refuses) -> None:
@@ -421,17 +417,16 @@ def test_run_that_another_process_trains_is_refused(tiny_run: Path, monkeypatch,
     import subprocess
     import sys
 
-    import checkpoints
+    from runtime import run
 
-    # fcntl's locks belong to a process: another one has to hold it.
     held = tiny_run.with_name("held")
     shutil.copytree(tiny_run, held)
     program = (
-        f"import fcntl; f = open({str(held / '.lock')!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+        f"import fcntl; f = open({str(held / '.lock')!r}, 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print('held'); input()"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline().strip() == b"held"
-        monkeypatch.setattr(checkpoints, "LOCK_PATIENCE", 0.0)
+        monkeypatch.setattr(run, "LOCK_PATIENCE", 0.0)
         assert "another process trains in" in refuses(train, *TINY, "--run-dir", held, "--max-steps", 30)
         other.communicate(b"\n")
 
