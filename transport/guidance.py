@@ -17,7 +17,7 @@ class Guidance:
     """Settings of classifier-free guidance, for any network.
 
     Args:
-        scales:   one scale, or one per level, coarsest first; 1 is none, and costs one evaluation
+        scales:   one scale, or one per level, coarsest first; 1 turns guidance off and costs one evaluation
         channels: guide only the first channels and leave the rest conditional (DiT and SiT: 3); None for all
         interval: guide only for t in (low, high) (arXiv:2404.07724); None for all times
 

@@ -35,7 +35,7 @@ def randn(
 
 
 def to_device(x: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
-    """x on the device, None for where it is. Onto a GPU from pinned memory: any other copy waits for the GPU."""
+    """x on the device; None leaves it. Copies to a GPU go through pinned memory: any other copy waits for the GPU."""
     if x.device.type == "cpu" and device is not None and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -22,13 +22,20 @@ class Coefficients(NamedTuple):
 
 
 class Path(ABC):
-    """An interpolant: `coefficients(t)` is all that a subclass defines."""
+    """An interpolant: a subclass defines its name and `coefficients(t)`, and what differs at its ends."""
 
     name: str
+    regular_at_noise = False  # True where alpha > 0 at t = 0: every quantity is finite there, so no interval is cut
 
     @abstractmethod
     def coefficients(self, t: torch.Tensor) -> Coefficients:
         """The path's four numbers at times t."""
+
+    def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
+        """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
+        if prediction == "velocity":
+            return 1e-3 if loss_weight == "likelihood" else 0.0, 0.0
+        return 1e-3, 1e-3
 
     def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t for noise x0 (N, ...), data x1 (N, ...) and times t (N,)."""
@@ -53,7 +60,7 @@ class GVPPath(Path):
 
     def coefficients(self, t: torch.Tensor) -> Coefficients:
         half_pi = math.pi / 2
-        # cos(pi t / 2) as the sine of the rest: exactly 0 at t = 1, and precise on the way there.
+        # cos(pi t / 2) as the sine of the rest: exactly 0 at t = 1, and precise close to it.
         alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
         return Coefficients(alpha, sigma, half_pi * sigma, -half_pi * alpha)
 
@@ -61,11 +68,12 @@ class GVPPath(Path):
 class VPPath(Path):
     """The variance-preserving diffusion of Song et al. (arXiv:2011.13456) with beta from 0.1 to 20, time reversed.
 
-    log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2, sigma = sqrt(1 - alpha^2). At t = 0 the data
-    has not vanished quite: alpha = 0.0066. At t = 1 the derivative of sigma is infinite.
+    log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2, sigma = sqrt(1 - alpha^2). At t = 0 a
+    little of the data is left: alpha = 0.0066. At t = 1 the derivative of sigma is infinite.
     """
 
     name = "VP"
+    regular_at_noise = True
     beta_min, beta_max = 0.1, 20.0
 
     def coefficients(self, t: torch.Tensor) -> Coefficients:
@@ -76,6 +84,9 @@ class VPPath(Path):
         sigma = torch.sqrt(-torch.expm1(2 * log_alpha))  # expm1: no cancellation near t = 1
         d_alpha = alpha * d_log_alpha
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+    def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
+        return 1e-5, 1e-3
 
 
 PATHS: dict[str, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}

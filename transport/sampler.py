@@ -48,7 +48,7 @@ class Sampler:
         y: torch.Tensor | None = None,
         generator: Generator = None,
     ) -> torch.Tensor:
-        """Data (N, ...) from noise x0 (N, ...) as the solver's settings say; the generator is the SDE's."""
+        """Data (N, ...) from noise x0 (N, ...) with the solver's settings; only an SDE uses the generator."""
         settings = asdict(solver)
         if isinstance(solver, SDE):
             return self.sample_sde(model, x0, **settings, generator=generator, y=y)
@@ -74,8 +74,8 @@ class Sampler:
             model:     network, guided or not
             x0:        (N, ...) noise; with reverse, data
             method:    one of ODE_METHODS
-            num_steps: steps of a fixed-step method over the whole way, or one number per level; an adaptive method
-                       chooses its own and does not look at them
+            num_steps: steps of a fixed-step method over the whole trajectory, or one number per level; an adaptive
+                       method chooses its own and ignores them
             atol:      absolute tolerance of an adaptive method
             rtol:      relative tolerance of an adaptive method
             y:         (N,) class ids
@@ -85,8 +85,8 @@ class Sampler:
             (N, ...) data, or noise with reverse.
 
         Raises:
-            ValueError: if the method is unknown or does not go this way, there are fewer steps than intervals, or the
-                levels do not match.
+            ValueError: if the method is unknown or does not solve in this direction, there are fewer steps than
+                intervals, or the levels do not match.
             FloatingPointError: if an adaptive method fails.
         """
         check_ode_method(method, noise_to_data=not reverse)
@@ -121,13 +121,13 @@ class Sampler:
     ) -> torch.Tensor:
         """Follow dx = [v(x, t) + w_t s(x, t)] dt + sqrt(2 w_t) dW from noise to data (SiT, equation 4).
 
-        Every w_t >= 0 has the same marginals. The last step takes x over the last stretch without noise.
+        Every w_t >= 0 has the same marginals. The last step adds no noise.
 
         Args:
             model:          network, guided or not
             x0:             (N, ...) noise
             method:         "Euler" (Euler-Maruyama) or "Heun"
-            num_steps:      steps over the whole way, the last step included, or one number per level
+            num_steps:      steps over the whole trajectory, the last step included, or one number per level
             diffusion_form: w_t, one of DIFFUSION_FORMS (SiT, table 2)
             diffusion_norm: factor of w_t
             last_step:      "Mean" (the drift alone), "Tweedie" (the expected data), "Euler" (the ODE), or None
@@ -166,7 +166,7 @@ class Sampler:
 
     def _sde_interval(self, form: str, last_step: str | None, last_step_size: float) -> tuple[float, float]:
         start, stop = self.transport.sample_interval
-        if form == "SBDM" and self.transport.path.name != "VP":  # w_t is infinite where alpha = 0
+        if form == "SBDM" and not self.transport.path.regular_at_noise:  # w_t is infinite where alpha = 0
             start = max(start, SDE_EPS)
         if last_step is None:
             return start, min(stop, 1 - SDE_EPS)  # the score divides by sigma
@@ -208,8 +208,8 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-density of data by the change of variables along the ODE, d log p / dt = -div v (arXiv:1810.01367).
 
-        The divergence is Hutchinson's estimate with Rademacher probes, held fixed along the way; it is unbiased,
-        and exact where the Jacobian of v is diagonal.
+        The divergence is Hutchinson's estimate with Rademacher probes, held fixed along the trajectory; it is
+        unbiased, and exact where the Jacobian of v is diagonal.
 
         Args:
             model:      network, differentiable in x
@@ -264,7 +264,7 @@ class Sampler:
     def _plan(
         self, model: Model, start: float, stop: float, num_steps: int | Sequence[int] | None, reserve: int = 0
     ) -> list[tuple[Interval, int]]:
-        """The smooth intervals on the way and the steps of each; `reserve` steps of the finest level are kept back.
+        """The smooth intervals from start to stop and the steps of each, without `reserve` steps of the finest level.
 
         Without num_steps the method chooses its own, and the steps are 0.
         """
@@ -291,12 +291,12 @@ class Sampler:
         return estimate
 
     def _alpha_sigma(self, t: float) -> tuple[float, float]:
-        """The path's factors as numbers: computed on the host, so that no GPU is waited for."""
+        """alpha and sigma at time t as numbers, computed on the host so that nothing waits for a GPU."""
         c = self.transport.path.coefficients(torch.tensor(t, dtype=torch.float64, device="cpu"))
         return c.alpha.item(), c.sigma.item()
 
     def _boundary(self, end: float) -> float:
-        """What multiplies noise at the noisy end of the interval, and data at the clean end: sigma or alpha."""
+        """The factor of the noise at the noisy end of the interval (sigma), or of the data at the clean end (alpha)."""
         alpha, sigma = self._alpha_sigma(end)
         return sigma if end < 0.5 else alpha
 

@@ -1,4 +1,4 @@
-"""Which level is active when (PPFlow, arXiv:2506.23543, section 3.1)."""
+"""The schedule: levels over time, and steps over levels (PPFlow, arXiv:2506.23543, section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Interval(NamedTuple):
-    """A stretch of time on which everything is smooth; start > stop when time runs from data to noise."""
+    """An interval of time on which the field is smooth; start > stop when time runs from data to noise."""
 
     level: int
     start: float
@@ -71,9 +71,9 @@ class PatchSchedule:
         return torch.bucketize(t, edges)
 
     def intervals(self, start: float, stop: float, breakpoints: Sequence[float] = ()) -> list[Interval]:
-        """Cut the way from start to stop at every edge, and at further breakpoints (of guidance, say).
+        """Cut the trajectory from start to stop at every edge, and at further breakpoints (of guidance, say).
 
-        Invariant: consecutive intervals share an endpoint, none crosses an edge, together they cover the way.
+        Invariant: consecutive intervals share an endpoint, none crosses an edge, together they cover the trajectory.
         """
         low, high = min(start, stop), max(start, stop)
         cuts = sorted({low, high, *(cut for cut in (*self.level_edges, *breakpoints) if low < cut < high)})
@@ -89,9 +89,9 @@ class PatchSchedule:
         """Steps for each interval: in proportion to the levels' lengths, at least one each.
 
         Args:
-            num_steps: steps over the whole way, or one number per level of the schedule
-            intervals: pieces of the way, as `intervals` returns them
-            reserve:   steps of the finest level that are kept back (the last step of an SDE)
+            num_steps: steps over the whole trajectory, or one number per level of the schedule
+            intervals: pieces of the trajectory, as `intervals` returns them
+            reserve:   steps of the finest level to leave out (the last step of an SDE)
 
         Raises:
             ValueError: if the steps are no whole numbers or too few, or there is not one number per level.
@@ -127,13 +127,13 @@ def whole_numbers(num_steps: int | Sequence[int]) -> int | list[int]:
 
 
 def _share(total: int, weights: Sequence[float], least: Sequence[int], note: str = "") -> list[int]:
-    """Split a whole number in proportion to weights (largest remainders), at least so much each."""
+    """Split a whole number in proportion to weights (largest remainders), each share at least its `least`."""
     if total < sum(least):
         raise ValueError(f"{total} step(s){note} cannot cover {sum(least)} interval(s): give at least one step each")
     quotas = [total * weight / sum(weights) for weight in weights]
     shares = [max(low, math.floor(quota)) for low, quota in zip(least, quotas, strict=True)]
     while sum(shares) != total:
-        # Give to the one furthest below its quota; where the least took too many, take from the one furthest above.
+        # Add to the share furthest below its quota; if the minima sum to too many, take from the one furthest above.
         gap = [quota - share for quota, share in zip(quotas, shares, strict=True)]
         if sum(shares) < total:
             shares[max(range(len(gap)), key=lambda i: gap[i])] += 1

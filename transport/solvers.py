@@ -1,8 +1,8 @@
 """ODE and SDE solvers over one interval on which the field is smooth.
 
 They know nothing of levels: the sampler makes one call per interval, so no step straddles an edge. All but the ones of
-torchdiffeq (adaptive methods, Adams methods of higher order) leave a GPU running ahead: times are numbers on the host,
-and what the field sees of them is filled in on the device.
+torchdiffeq (adaptive methods, Adams methods of higher order) never wait for a GPU: times are numbers on the host, and
+the field gets them as tensors filled in on the device.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ Field = Callable[[torch.Tensor, State], State]  # (time as a 0-d tensor, state) 
 
 @dataclass(frozen=True)
 class ODE:
-    """How the probability-flow ODE is solved.
+    """Settings of an ODE solver for the probability-flow ODE.
 
     Args:
         method:    one of ODE_METHODS
         num_steps: steps of a fixed-step method over the whole trajectory, or one number per level; an adaptive method
-                   does not look at it
+                   ignores it
         atol:      absolute tolerance of an adaptive method
         rtol:      relative tolerance of an adaptive method
 
@@ -99,7 +99,7 @@ class ODE:
 
 @dataclass(frozen=True)
 class SDE:
-    """How the reverse SDE is solved: dx = [v(x, t) + w_t s(x, t)] dt + sqrt(2 w_t) dW (SiT, equation 4).
+    """Settings of a solver for the reverse SDE: dx = [v(x, t) + w_t s(x, t)] dt + sqrt(2 w_t) dW (SiT, equation 4).
 
     Args:
         method:         "Euler" (Euler-Maruyama) or "Heun"
@@ -149,7 +149,7 @@ def check_ode_method(method: str, noise_to_data: bool) -> None:
 
     Args:
         method:        one of ODE_METHODS
-        noise_to_data: whether the ODE is solved from noise to data, and for the samples alone
+        noise_to_data: True if the ODE is solved from noise to data, and for the samples alone
     """
     if method not in ODE_METHODS:
         raise ValueError(f"unknown ODE method {method!r}; choose one of {', '.join(ODE_METHODS)}")
@@ -199,7 +199,7 @@ def solve_dpmpp_2m(
     form, unlike the paper's, it is regular at alpha = 0 and at sigma_b = 0.
 
     Args:
-        expected_data: the data that is expected at (t, x)
+        expected_data: the expected data at (t, x)
         start:         towards noise; sigma is not zero there
         stop:          towards data
         alpha_sigma:   the path's two factors at a time
@@ -239,16 +239,15 @@ def _solve_multistep(
 
         d' = d_n + (d_n - d_{n-1}) (c_{n+1} - c_n) / (2 (c_n - c_{n-1}))
 
-    The first step has no slope behind it. It tries d_0, takes d_1 where that leads, and steps by the mean of the two
-    (Heun). The second step does not evaluate d_1 again: its error, of the second order, counts for one step only. So N
-    steps cost N evaluations; a single step is of the first order. A plain first step by d_0 keeps the order too, but on
-    Gaussian mixtures with 2 or 3 levels it leaves ab2 a tenth more error at 50 evaluations and a quarter more at 10;
-    evaluating d_1 again gains a hundredth and costs an evaluation per interval.
+    The first step has no previous slope, so it is a Heun step. The second step reuses its d_1, whose error of second
+    order counts for one step only, so N steps cost N evaluations; a single step is of first order. An Euler first step
+    keeps the order too, but on Gaussian mixtures with 2 or 3 levels it raises the error of ab2 by a tenth at 50
+    evaluations and by a quarter at 10; evaluating d_1 again lowers it by a hundredth, for one evaluation per interval.
 
     Args:
         times:   ends of the steps
         clock:   c at these times; it may be infinite at the first and the last
-        advance: (state, slope, a, b) -> state at time b of the one at a, with a constant slope
+        advance: (state, slope, a, b) -> state at time b from the state at a, with a constant slope
     """
     current = slope(_scalar(times[0], state), state)
     tried = advance(state, current, times[0], times[1])
@@ -268,9 +267,9 @@ def _solve_multistep(
 def _extrapolation(before: float, now: float, after: float) -> float:
     """The weight of d_n - d_{n-1}: half the ratio of a step to the one before, by the clock.
 
-    A step more than twice as long as the one before is too far to extrapolate: it is of the first order, like the
-    published one to sigma = 0, which is infinitely long. VP's last step, to t = 0.999, is one: extrapolated, it could
-    triple the error of 50. After a start from alpha = 0 the weight is 0, as published; more gains nothing.
+    A step more than twice as long as the one before is not extrapolated but of first order, like the published step to
+    sigma = 0, which is infinitely long. VP's last step, to t = 0.999, is one: extrapolation could triple the error of
+    50 steps. After a start from alpha = 0 the weight is 0, as published; a larger one gains nothing.
     """
     return (after - now) / (2 * (now - before)) if abs(after - now) < 2 * abs(now - before) else 0.0
 
@@ -293,15 +292,15 @@ def _solve_torchdiffeq(
         # End exactly at `stop`: by default torchdiffeq steps past it and interpolates back.
         options["step_t"] = times[1:]
 
-    def within(t: torch.Tensor, y: State) -> State:  # rounding, or a trial step, may leave the interval by a little
+    def within(t: torch.Tensor, y: State) -> State:  # rounding or a trial step may leave the interval slightly
         slope = field(t.clamp(low, high), y)
         if method == "scipy_solver" and not all(part.isfinite().all() for part in _parts(slope)):
-            raise FloatingPointError(f"{method} met non-finite values at t = {t:g}")  # it would go on, or never end
+            raise FloatingPointError(f"{method} met non-finite values at t = {t:g}")  # scipy would go on, or never end
         return slope
 
     try:
         solution = odeint(within, state, times, method=method, atol=atol, rtol=rtol, options=options)
-    except AssertionError as error:  # how torchdiffeq reports a failed integration, some with a tensor after a colon
+    except AssertionError as error:  # torchdiffeq's failed integration; some messages end in a tensor
         reason = str(error).partition(":")[0]
         raise FloatingPointError(f"{method} failed between t = {start:g} and {stop:g}: {reason}") from error
     return solution[-1] if isinstance(solution, torch.Tensor) else tuple(part[-1] for part in solution)
@@ -313,7 +312,7 @@ def _grid(start: float, stop: float, num_steps: int) -> list[float]:
 
 
 def _scalar(t: float, state: State) -> torch.Tensor:
-    """A time as the field takes it: filled in on the state's device, where a copy would have to wait."""
+    """A time as a 0-d tensor, filled in on the state's device: a copy would wait for the GPU."""
     return torch.full((), t, dtype=torch.float64, device=_parts(state)[0].device)
 
 

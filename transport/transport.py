@@ -1,4 +1,4 @@
-"""What is learned: the training loss, and how a network's output becomes a velocity, score, noise or data estimate."""
+"""The training loss, and conversions of a network's output between velocity, score, noise and data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREDICTIONS = ("velocity", "noise", "score", "data")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
-class Row(NamedTuple):
+class LinearRow(NamedTuple):
     """scale * quantity = a x_1 + b x_0: each quantity is one row of a linear system in (x_1, x_0)."""
 
     a: torch.Tensor
@@ -27,14 +27,14 @@ class Row(NamedTuple):
     scale: torch.Tensor
 
 
-def row(quantity: str, c: Coefficients) -> Row:
-    """The row of a quantity. The score -x_0 / sigma is scaled by sigma, so that sigma = 0 does no harm."""
+def target_row(quantity: str, c: Coefficients) -> LinearRow:
+    """The row of a quantity. The score -x_0 / sigma is scaled by sigma, so that it is finite at sigma = 0."""
     zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
     rows = {
-        "velocity": Row(c.d_alpha, c.d_sigma, one),
-        "noise": Row(zero, one, one),
-        "score": Row(zero, -one, c.sigma),
-        "data": Row(one, zero, one),
+        "velocity": LinearRow(c.d_alpha, c.d_sigma, one),
+        "noise": LinearRow(zero, one, one),
+        "score": LinearRow(zero, -one, c.sigma),
+        "data": LinearRow(one, zero, one),
     }
     return rows[quantity]
 
@@ -65,7 +65,7 @@ class Transport:
         self.loss_weight = loss_weight
         self.schedule = schedule
         self.noise = GaussianNoise()
-        default_train, default_sample = default_eps(path, prediction, loss_weight)
+        default_train, default_sample = path.default_eps(prediction, loss_weight)
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
 
@@ -73,27 +73,27 @@ class Transport:
 
     @property
     def train_interval(self) -> tuple[float, float]:
-        """Times on which the network is trained. VP is regular at t = 0, so only its other end is cut."""
-        return (0.0 if self.path.name == "VP" else self.train_eps), 1 - self.train_eps
+        """Times on which the network is trained; a path that is regular at t = 0 (VP) is cut at its other end only."""
+        return (0.0 if self.path.regular_at_noise else self.train_eps), 1 - self.train_eps
 
     @property
     def sample_interval(self) -> tuple[float, float]:
         """Times from which and to which the ODE is solved."""
-        return (0.0 if self.path.name == "VP" else self.sample_eps), 1 - self.sample_eps
+        return (0.0 if self.path.regular_at_noise else self.sample_eps), 1 - self.sample_eps
 
     def training_singularity(self) -> str | None:
-        """Why the loss is not finite at an end of the training interval, which random times come to; None if it is."""
+        """Reason why the loss is not finite at an end of the training interval, which times reach; None if it is."""
         for end in self.train_interval:
             t = torch.tensor(end, dtype=torch.float32, device="cpu")  # as times are in training
-            numbers = torch.stack([*row(self.prediction, self.path.coefficients(t)), self.weight(t)])
+            numbers = torch.stack([*target_row(self.prediction, self.path.coefficients(t)), self.weight(t)])
             if not numbers.isfinite().all():
                 return self._too_small("train_eps", f"the loss is infinite at t = {t:g}")
         return None
 
     def sampling_singularity(self) -> str | None:
-        """Why no solver can take its first step; None if it can.
+        """Reason why no solver can take its first step; None if it can.
 
-        The other end is no matter of the process: some solvers evaluate the network there, others do not.
+        The other end depends on the solver: some evaluate the network there, others do not.
         """
         t = torch.tensor(self.sample_interval[0], dtype=torch.float32, device="cpu")
         if torch.stack(self.conversion(t, self.prediction, "velocity")).isfinite().all():
@@ -102,7 +102,7 @@ class Transport:
 
     def _too_small(self, name: str, reason: str) -> str:
         weight = f" and loss weight {self.loss_weight}" if self.loss_weight and name == "train_eps" else ""
-        defaults = default_eps(self.path, self.prediction, self.loss_weight)
+        defaults = self.path.default_eps(self.prediction, self.loss_weight)
         default = dict(zip(("train_eps", "sample_eps"), defaults, strict=True))[name]
         return (
             f"{name} {getattr(self, name):g} is too small for the {self.path.name} path with {self.prediction} "
@@ -120,7 +120,7 @@ class Transport:
         if source == target:
             return torch.zeros_like(t), torch.ones_like(t)
         path = self.path.coefficients(t)
-        (a, b, source_scale), (c, d, target_scale) = row(source, path), row(target, path)
+        (a, b, source_scale), (c, d, target_scale) = target_row(source, path), target_row(target, path)
         determinant = (path.alpha * b - path.sigma * a) * target_scale
         return (c * b - d * a) / determinant, (d * path.alpha - c * path.sigma) * source_scale / determinant
 
@@ -176,7 +176,7 @@ class Transport:
         """Denoising loss of each sample; its mean is an unbiased estimate of the loss at uniform t.
 
         Each level's samples go through the model together. With a CPU generator (or times t on the CPU) the
-        split is known on the host, and a GPU is never waited for.
+        split is computed on the host, without waiting for a GPU.
 
         Args:
             model:     called as model(x, t, y=..., level=...), once per level present
@@ -216,12 +216,12 @@ class Transport:
         return {"loss": loss, "level": to_device(level, x1.device), "t": to_device(t, x1.device)}
 
     def _loss(self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a, b, scale = row(self.prediction, self.path.coefficients(like(t, x1)))
+        a, b, scale = target_row(self.prediction, self.path.coefficients(like(t, x1)))
         error = scale * output - (a * x1 + b * x0)
         return error.square().flatten(1).mean(1) * self.weight(t)
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Loss weight (N,) at times t, for the squared error of what the network predicts (SiT, section 3.2).
+        """Loss weight (N,) at times t, for the squared error of the network's prediction (SiT, section 3.2).
 
         With g = sigma (sigma d_alpha / alpha - d_sigma), an error of the noise counts (g / sigma)^2 for "velocity",
         which makes every prediction's loss that of the velocity, and g / sigma^2 for "likelihood". In terms of the
@@ -231,7 +231,7 @@ class Transport:
             return torch.ones_like(t)
         c = self.path.coefficients(t)
         _, b = self.conversion(t, self.prediction, "velocity")
-        velocity_weight = (b / row(self.prediction, c).scale) ** 2
+        velocity_weight = (b / target_row(self.prediction, c).scale) ** 2
         if self.loss_weight == "velocity":
             return velocity_weight
         return velocity_weight / (c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma))
@@ -248,20 +248,11 @@ class Transport:
 
 @lru_cache
 def _spread_order(n: int) -> tuple[int, ...]:
-    """A permutation of 0..n-1 of which every contiguous slice is spread over the whole range (van der Corput)."""
+    """A permutation of 0..n-1 whose contiguous slices each spread over the whole range (van der Corput)."""
     bits = max(1, (n - 1).bit_length())
     reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)]
     rank = {value: position for position, value in enumerate(sorted(reversed_bits))}
     return tuple(rank[value] for value in reversed_bits)
-
-
-def default_eps(path: Path, prediction: str, loss_weight: str | None) -> tuple[float, float]:
-    """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
-    if path.name == "VP":
-        return 1e-5, 1e-3
-    if prediction == "velocity":
-        return 1e-3 if loss_weight == "likelihood" else 0.0, 0.0
-    return 1e-3, 1e-3
 
 
 def create_transport(
@@ -283,7 +274,7 @@ def create_transport(
                      velocity prediction (1e-3 with likelihood weights), else 1e-3
         sample_eps:  the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
         level_edges: interior times at which the level changes; () is a single level
-        check_ends:  refuse an eps that is too small; a run of an earlier version may have one, and goes on with it
+        check_ends:  refuse an eps that is too small; False for runs of earlier versions, which may have one and keep it
 
     Raises:
         ValueError: if a name is unknown, an eps is not in [0, 0.5), the edges are not a schedule, or the loss at an end
