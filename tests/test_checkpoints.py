@@ -449,7 +449,7 @@ def test_a_signal_saves_the_step_and_the_same_command_ends_alike(
 ) -> None:
     import train as script
 
-    owner, name = {"forward": (script, "draw_step"), "preview": (script.Pipeline, "images")}[where]
+    owner, name = {"forward": (script.rng, "draw_step"), "preview": (script.Pipeline, "images")}[where]
     flags = [*TINY, "--run-dir", str(tmp_path), "--max-steps", "20", "--log-every", "1", "--sample-every", "6"]
     original: Callable = getattr(owner, name)
 

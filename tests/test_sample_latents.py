@@ -138,7 +138,9 @@ def test_latents_of_an_unknown_autoencoder_are_scaled_by_their_statistics(wide_r
     x0 = torch.stack([torch.randn(WIDE, 4, 4, generator=g) for g in sample_generators(0, range(5), 7)])
     y = torch.tensor([label_of(index, 2, args) for index in range(5)])
     sampler = Sampler(create_transport(**pretrained.transport))
-    x1 = sampler.sample_ode(ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y)
+    x1 = sampler.sample_ode(
+        ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y
+    )
     np.testing.assert_allclose(arrays(tmp_path, "-latents")["arr_0"], MEAN + DEVIATION * x1, rtol=1e-4, atol=1e-4)
 
 
