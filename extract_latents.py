@@ -1,11 +1,11 @@
-"""Encode images once, to train on their latents ever after.
+"""Encode images once, to train on their latents.
 
     torchrun --nnodes=1 --nproc_per_node=N extract_latents.py --data-path /path/to/imagenet/train --out latents/imagenet
     torchrun --nnodes=1 --nproc_per_node=N train.py --data-path latents/imagenet
 
-Writes shards that train.py and LightningDiT read (latents.py says what is in them). Shard k holds the images from
-k * shard size on, in the dataset's order, whichever process made it. The same command continues an interrupted run:
-a shard is complete or absent, and those that are there are kept.
+Writes latent files that train.py and LightningDiT read (data/latents.py gives their format). File k holds the images
+from k * shard_size on, in the dataset's order, whichever process made it. The same command continues an interrupted
+run: a file is complete or absent, and complete ones are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train_utils import ArgumentParser, natural_int, positive_int, some_text
 
 SETTINGS = "settings.json"
 DEFAULT_SHARD_SIZE = 10_000
-SMALL_DATASET_SHARDS = 16  # at least so many, so that as many processes have work
+SMALL_DATASET_SHARDS = 16  # at least so many files, so that as many processes have work
 
 
 def encoder_precision(text: str) -> str:
@@ -50,32 +50,31 @@ def encoder_precision(text: str) -> str:
 
 def build_parser() -> ArgumentParser:
     """The flags of extract_latents.py."""
-    parser = ArgumentParser(prog="extract_latents.py", description="Encode images to shards of latents.")
-    parser.add_argument("--data-path", required=True, type=some_text,
-                        help="a folder of class folders, or a zip archive of images")  # fmt: skip
-    parser.add_argument(
-        "--out", "--features-path", type=some_text, required=True, metavar="DIR", help="folder for the shards"
-    )
+    parser = ArgumentParser(prog="extract_latents.py", description="Encode images to files of latents.")
+    images = "a folder of class folders, or a zip archive of images"
+    parser.add_argument("--data-path", required=True, type=some_text, help=images)
+    out = "folder for the latent files"
+    parser.add_argument("--out", "--features-path", type=some_text, required=True, metavar="DIR", help=out)
     parser.add_argument("--vae", default="ema", help="autoencoder: ema, mse, a hub id or a local folder")
     parser.add_argument("--image-size", type=positive_int, help="(default: 256 for folders, archives their own)")
     parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
-    parser.add_argument("--precision", type=encoder_precision, metavar="{fp32,tf32}",
-                        help="of the encoder (default: tf32 on CUDA, else fp32)")  # fmt: skip
+    precision = "of the encoder (default: tf32 on CUDA, else fp32)"
+    parser.add_argument("--precision", type=encoder_precision, metavar="{fp32,tf32}", help=precision)
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images encoded at once, per process")
-    parser.add_argument("--shard-size", type=positive_int,
-                        help="images per shard (default: 10000, or a 16th of a small dataset)")  # fmt: skip
-    parser.add_argument("--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
-                        help="image reading processes per rank")  # fmt: skip
+    shard_size = "images per file (default: 10000, or a 16th of a small dataset)"
+    parser.add_argument("--shard-size", type=positive_int, help=shard_size)
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--num-workers", type=natural_int, default=workers, help="image reading processes per rank")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave images out that cannot be read")
     return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is there, what is to do
+# Settings of an interrupted run
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue what was begun with other settings or data (ValueError); the same data may have moved."""
+    """Refuse to continue a folder begun with other settings or data (ValueError); the same data may have moved."""
     file = out / SETTINGS
     source = Path(settings["data_path"]).resolve()
     if out.resolve() == source or source in out.resolve().parents:
@@ -92,18 +91,21 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         begun["data_path"] = settings["data_path"]
     for name, value in settings.items():
         if name == "data" and begun.get(name, value) != value:
-            raise ValueError(f"the files or labels in {settings['data_path']} have changed since {out} was begun: "
-                             f"give another --out")  # fmt: skip
+            raise ValueError(
+                f"the files or labels in {settings['data_path']} have changed since {out} was begun: give another --out"
+            )
         if name != "data" and begun.get(name) != value:
             flag = {"images": "the number of images", "classes": "the number of classes"}.get(
                 name, "--" + name.replace("_", "-")
             )
-            raise ValueError(f"{flag} was {begun.get(name)} when {out} was begun and is {value} now: "
-                             f"continue with the same settings, or give another --out")  # fmt: skip
+            raise ValueError(
+                f"{flag} was {begun.get(name)} when {out} was begun and is {value} now: "
+                "continue with the same settings, or give another --out"
+            )
 
 
 def is_complete(file: Path, metadata: dict[str, str]) -> bool:
-    """Whether a shard is there, of this set; a damaged one is made anew."""
+    """True if a latent file exists and belongs to this set; False for a damaged one, which is made again."""
     try:
         return settings_of(Shard.read(file)) == metadata
     except (FileNotFoundError, ValueError):
@@ -115,7 +117,7 @@ def is_complete(file: Path, metadata: dict[str, str]) -> bool:
 
 
 class Failure(NamedTuple):
-    """An image that could not be read: the message that says so, and whether the image itself is the reason."""
+    """An image that could not be read: the message, and if the image itself is the cause and may be skipped."""
 
     message: str
     can_be_skipped: bool
@@ -135,7 +137,7 @@ class ReadableImages(Dataset):
 
 
 def collate(items: list[tuple[torch.Tensor, int] | Failure]) -> tuple[torch.Tensor | None, torch.Tensor, list[Failure]]:
-    """Images (n, 3, H, W), labels (n,), and failures; no images at all are None."""
+    """Images (n, 3, H, W), labels (n,), and failures; None if there are no images."""
     failures = [item for item in items if isinstance(item, Failure)]
     readable = [item for item in items if not isinstance(item, Failure)]
     images = torch.stack([image for image, _ in readable]) if readable else None
@@ -143,7 +145,7 @@ def collate(items: list[tuple[torch.Tensor, int] | Failure]) -> tuple[torch.Tens
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shards
+# Latent files
 
 
 def make_shard(
@@ -157,11 +159,11 @@ def make_shard(
     device: torch.device,
     progress: tqdm,
 ) -> None:
-    """Encode the next batches of images, `size` in all, and write them as a shard.
+    """Encode the next batches of images, `size` in all, and write them as a latent file.
 
     Raises:
         UserError: at the first image that cannot be read, unless --skip-unreadable; if the disk cannot be read; if
-            latents are not finite in --dtype; if the shard cannot be written.
+            latents are not finite in --dtype; if the file cannot be written.
     """
     dtype, shape = STORAGE[args.dtype], autoencoder.latent_shape((3, image_size, image_size))
     names = ["latents", "latents_flip"] + ([] if autoencoder.deterministic else ["latents_std", "latents_flip_std"])
@@ -197,18 +199,21 @@ def make_shard(
 
 
 def wait_for_all() -> None:
-    """Until every process is here; a shard may take a slow one hours, and the usual patience is minutes."""
+    """Wait for every process: a slow one may need hours for a file, and the default timeout is minutes."""
     if dist.is_initialized():
         dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
 def summary(out: Path, seconds: float) -> str:
-    """What the finished set holds, and what was left out of it."""
+    """Text for the end: the size of the finished set, and the images that were skipped."""
     shards = [Shard.read(file) for file in shard_files(out)]
     skipped = [message for shard in shards for message in json.loads(shard.metadata["skipped"])]
     channels, height, width = shards[0].shape
-    lines = [f"{printable(str(out))}: {sum(shard.rows for shard in shards):,} images in {len(shards)} shards, "
-             f"latents {channels}x{height}x{width}, {seconds:.0f} s"]  # fmt: skip
+    images = sum(shard.rows for shard in shards)
+    lines = [
+        f"{printable(str(out))}: {images:,} images in {len(shards)} shards, latents {channels}x{height}x{width}, "
+        f"{seconds:.0f} s"
+    ]
     if skipped:
         lines += [f"skipped {len(skipped)} that cannot be read:", *(f"  {message}" for message in skipped)]
     return "\n".join(lines)
@@ -222,7 +227,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
     """The images and the autoencoder.
 
     Raises:
-        OSError, ValueError: if either cannot be had, or they do not fit together.
+        OSError, ValueError: if either cannot be loaded, or they do not fit together.
     """
     dataset = open_dataset(args.data_path, args.image_size)
     if dataset.kind != "images":
@@ -235,7 +240,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
 
 
 def begin(out: Path, settings: dict[str, Any], metadata: dict[str, str], shards: int) -> list[int]:
-    """Write the settings, and find out which of so many shards are missing.
+    """Write the settings, and return the numbers of the missing ones of so many latent files.
 
     Raises:
         ValueError, OSError: if the folder holds other work, or cannot be written to.

@@ -252,7 +252,7 @@ class PyramidalPatchDiT(
         for level in range(self.num_levels):
             self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
         self.initialize_weights()
-        self._hub_mixin_config = self.config  # what save_pretrained writes: plain numbers, whatever was passed
+        self._hub_mixin_config = self.config  # save_pretrained writes it: plain numbers, whatever types were passed
 
     def _check(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -291,7 +291,7 @@ class PyramidalPatchDiT(
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    # -- What the rest of the program asks of a model ------------------------------------------------------------
+    # -- Sizes and costs -----------------------------------------------------------------------------------------
 
     @property
     def num_levels(self) -> int:
@@ -370,11 +370,11 @@ class PyramidalPatchDiT(
         group may be empty; the parameters of its level then take part with gradient zero.
 
         Returns:
-            (N, C, H, W): the velocity, noise, score or data, whatever the model was trained for; a list of them for a
+            (N, C, H, W): the velocity, noise, score or data that the model was trained to predict; a list of them for a
             sequence of levels.
 
         Raises:
-            ValueError: if the input's size or the level is not the model's, or groups and levels are not as many.
+            ValueError: if the input's size or the level is not the model's, or the numbers of groups and levels differ.
         """
         if isinstance(level, Sequence):
             if not len(x) == len(t) == len(y) == len(level):
@@ -410,19 +410,19 @@ class PyramidalPatchDiT(
         outputs = []
         for x, tokens, condition, level in zip(xs, groups, conditions, levels, strict=True):
             out = unpatchify(self.final_layer(tokens, condition, level), self.patch_sizes[level], self.input_size)
-            outputs.append(out[:, : self.in_channels].to(x.dtype))  # bf16 under autocast; what follows is not
+            outputs.append(out[:, : self.in_channels].to(x.dtype))  # autocast makes it bf16
         return outputs
 
 
 @lru_cache
 def _macs(config: str) -> list[int]:
-    """Half the FLOPs that torch counts at each level, in a network without numbers."""
+    """Half the FLOPs that torch counts at each level, in a network on the meta device."""
     with torch.device("meta"):
         model = PyramidalPatchDiT(**json.loads(config))
         x, t, y = torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         counts = []
         for level in range(model.num_levels):
-            # Plain attention, whose products the counter of torch 2.6 sees on every device
+            # Plain attention: torch 2.6 counts its products on every device
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(x, t, y, level=level)
             counts.append(counter.get_total_flops() // 2)

@@ -1,4 +1,4 @@
-"""Where tokens are: fixed sine-cosine embeddings of a level's grid."""
+"""Positions of tokens: fixed sine-cosine embeddings of a level's grid."""
 
 from __future__ import annotations
 

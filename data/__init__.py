@@ -1,1 +1,1 @@
-"""What training sees: datasets, latents, their autoencoder, and the order of samples."""
+"""Training data: datasets, latents, their autoencoder, and the order of samples."""

@@ -1,4 +1,4 @@
-"""Between images and what the network sees: pixels themselves, or the latents of a diffusers autoencoder.
+"""Conversion between images and the network's inputs: pixels, or the latents of a diffusers autoencoder.
 
 Latents are x = (z - shift) * scale with the autoencoder's own scaling and shift (0.18215 and 0 for Stable Diffusion's),
 so that the network sees numbers of about unit variance.
@@ -19,10 +19,10 @@ import torch
 
 from transport.noise import Generator, randn
 
-# What SiT and DiT call --vae ema and --vae mse.
+# SiT's and DiT's --vae ema and --vae mse.
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
-# Pixels that are encoded or decoded at once, about 3 GB of activations in fp32; halved when even that is too much.
+# Pixels to encode or decode at once, about 3 GB of activations in fp32; halved when even that is too much.
 BATCH_PIXELS = 16 * 256 * 256
 
 
@@ -59,7 +59,7 @@ class Scaling:
 
     @classmethod
     def from_config(cls, config: Any) -> Scaling:
-        """That of a diffusers autoencoder: one factor, and for some a mean and deviation of each channel besides."""
+        """Read a diffusers config: one factor, and for some autoencoders also a mean and a deviation per channel."""
         factor = config["scaling_factor"]
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return cls(config.get("shift_factor") or 0.0, factor)
@@ -67,17 +67,15 @@ class Scaling:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scaling:
-        """From the two fields as JSON has them: numbers or lists."""
-        return cls(*(tuple(value) if isinstance(value, list | tuple) else value for value in
-                     (values["shift"], values["scale"])))  # fmt: skip
+        """Build from the two fields as JSON stores them: numbers or lists."""
+        shift, scale = (
+            tuple(value) if isinstance(value, list | tuple) else value for value in (values["shift"], values["scale"])
+        )
+        return cls(shift, scale)
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         """The network's x (N, C, h, w) of latents z."""
         return (z - _per_channel(self.shift, z)).mul_(_per_channel(self.scale, z))
-
-    def apply_to_deviation(self, deviation: torch.Tensor) -> torch.Tensor:
-        """The standard deviation of x where z has this one."""
-        return deviation * _per_channel(self.scale, deviation)
 
     def invert(self, x: torch.Tensor) -> torch.Tensor:
         """The latents z (N, C, h, w) of the network's x."""
@@ -91,8 +89,7 @@ def _per_channel(value: float | tuple[float, ...], like: torch.Tensor) -> float 
 class LatentSpace:
     """The latents of an AutoencoderKL or AutoencoderTiny; built by `load_autoencoder`.
 
-    It computes in fp32, or in tf32 where `use_precision` allows that: autocast is for the network, which is trained in
-    it, and this model was not.
+    It computes in fp32, or in tf32 where `use_precision` allows that, and never under autocast: it was not trained so.
 
     Args:
         name:  the autoencoder's full name
@@ -108,7 +105,7 @@ class LatentSpace:
         self.deterministic = type(model).__name__ == "AutoencoderTiny"
 
     def with_scaling(self, scaling: Scaling) -> LatentSpace:
-        """The same autoencoder, its latents scaled otherwise: as a data set's latents_stats.pt wants it."""
+        """The same autoencoder with another scaling of its latents: that of a data set's latents_stats.pt."""
         other = copy.copy(self)
         other.scaling = scaling
         return other
@@ -149,12 +146,6 @@ class LatentSpace:
         mean, *deviation = (torch.cat(part) for part in zip(*parts, strict=True))
         return mean, deviation[0] if deviation else None
 
-    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (N, C, h, w) of the scaled latents of images in [-1, 1] (N, 3, H, W)."""
-        mean, deviation = self.raw_moments(images)
-        deviation = torch.zeros_like(mean) if deviation is None else deviation
-        return self.scaling.apply(mean), self.scaling.apply_to_deviation(deviation)
-
     def encode(self, images: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         """Scaled latents (N, C, h, w), drawn from the posterior of images in [-1, 1] (N, 3, H, W)."""
         mean, deviation = self.raw_moments(images)
@@ -184,7 +175,7 @@ def _full_precision(like: torch.Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class RawLatents:
-    """In an autoencoder's place: samples stay latents, scaled back to what their autoencoder decodes.
+    """A stand-in for an autoencoder that keeps samples as latents, scaled back to what their autoencoder decodes.
 
     Args:
         name:     the autoencoder's full name, or "none" where it is unknown
@@ -204,6 +195,7 @@ class RawLatents:
 
 def _in_batches(function: Callable[[torch.Tensor], Any], x: torch.Tensor, pixels: int) -> list[Any]:
     """Results of the function for parts of x (N, ...) that fit the memory; `pixels` is the size of one image."""
+    # Not accelerate's find_executable_batch_size: it starts over, frees too early to help, and hides the memory error.
     results, first, size = [], 0, min(len(x), max(1, BATCH_PIXELS // pixels))
     while first < len(x):
         try:
@@ -213,7 +205,7 @@ def _in_batches(function: Callable[[torch.Tensor], Any], x: torch.Tensor, pixels
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        # Only here, where the exception no longer holds what the failed call allocated.
+        # After the except block: the exception no longer holds the memory that the failed call allocated.
         size //= 2
         torch.cuda.empty_cache()
     return results
@@ -236,7 +228,7 @@ def load_autoencoder(vae: str, device: torch.device | str = "cpu") -> Autoencode
 
 
 def load_raw_latents(vae: str) -> RawLatents:
-    """The latents of --vae, which is not "none", without what decodes them: only its config is read, no weights.
+    """The latents of --vae, which is not "none", without a decoder: reads the config only, no weights.
 
     Raises:
         ValueError: as `load_autoencoder`.
@@ -247,7 +239,7 @@ def load_raw_latents(vae: str) -> RawLatents:
 
 
 def _find(name: str, weights: bool = True) -> torch.nn.Module:
-    """The diffusers model of a local folder or a hub id; the hub is not asked for what was fetched before."""
+    """The diffusers model of a local folder or a hub id, from the hub's cache where that has it."""
     if not Path(name).is_dir():
         with contextlib.suppress(ValueError):
             return _read_model(name, weights, local_files_only=True)
@@ -263,7 +255,7 @@ def _read_model(name: str, weights: bool, **options: Any) -> torch.nn.Module:
     from diffusers.utils import logging
     from huggingface_hub.utils import logging as hub_logging
 
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    logging.set_verbosity(logging.CRITICAL)  # errors are reported below, in one line
     hub_logging.set_verbosity(hub_logging.CRITICAL)  # retries are a dozen lines
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     advice = f"give --vae a local folder with config.json and the weights of an {' or '.join(kinds)}"

@@ -30,14 +30,14 @@ class AnyDataset(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
-        """One x (C, H, W) float32 and its label; the generator decides what is random about it, None for nothing."""
+        """One x (C, H, W) float32 and its label; the generator augments it; None for no augmentation."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Identify what training sees, wherever it lies, in values that JSON has: equal for data that have not changed.
+        """Identify the data by content, not place, in JSON values: equal for data that have not changed.
 
-        "kind", "images" (their number), "num_classes", "names" (digest of what there is), "labels" (digest); of latents
-        also "scaling". Nothing but labels is read for it.
+        "kind", "images" (their number), "num_classes", "names" (digest of the file names), "labels" (digest); for
+        latents also "scaling". It reads labels only, no images.
         """
         ...
 
@@ -62,18 +62,18 @@ class Digits(Dataset):
         return len(self.labels)
 
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
-        """Image (1, 8, 8) and label; a mirrored digit is no digit, so nothing is augmented."""
+        """Image (1, 8, 8) and label; no augmentation, because a mirrored digit is no digit."""
         return self.images[index], int(self.labels[index])
 
     def identity(self) -> dict[str, Any]:
-        """See AnyDataset; the images are so small that their values stand for their names."""
+        """See AnyDataset; the images are so small that the digest is of their values."""
         names, labels = digest(self.images.numpy()), digest(self.labels.numpy())
         classes = self.num_classes
         return {"kind": self.kind, "images": len(self), "num_classes": classes, "names": names, "labels": labels}
 
 
 LOOKED_FOR = (
-    "the word 'digits', a folder of *.safetensors shards with latents, a zip archive of images, "
+    "the word 'digits', a folder of *.safetensors latent files, a zip archive of images, "
     "or a folder with one sub-folder per class"
 )
 
@@ -84,7 +84,7 @@ def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoenco
     Args:
         path:        --data-path
         image_size:  side of the images; None for the dataset's own (folders of images 256)
-        autoencoder: that of --vae, where it is given: what LightningDiT's shards are scaled by
+        autoencoder: that of --vae, if given: it scales LightningDiT's latent files
 
     Raises:
         FileNotFoundError: if the path does not exist or holds nothing to train on.

@@ -22,14 +22,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.latents import MAX_CLASSES, digest, draw_flip
 
-# Errors of a disk or a network drive: no fault of the image that was to be read.
+# Errors of a disk or a network drive, not of the image.
 DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 # Bytes of an image in an archive, packed or not: 44 million pixels that nothing compresses.
 LARGEST_IMAGE = 2**27
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
-LONGEST = 64  # times its short side: of a longer image only the middle is enlarged
+LONGEST = 64  # times the short side: only the middle of a longer image is resized
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -41,15 +41,15 @@ class UnreadableImage(OSError):
 
 
 def printable(name: str) -> str:
-    """A name as messages show it: in one line, and without bytes that no encoding has."""
+    """A name for messages: on one line, with escapes for bytes that do not decode."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def read_rgb(file: BinaryIO) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
-    The pixels are those that are stored, as for ADM: of several frames the first, whatever Exif says of the
-    orientation, and without transparency. 16-bit grey values v become round(v / 257).
+    The pixels are those stored, as in ADM: the first of several frames, without Exif's rotation and without
+    transparency. 16-bit grey values v become round(v / 257).
 
     Raises:
         ValueError: if the values are floats or integers of unknown range.
@@ -64,9 +64,9 @@ def _rgb_of_wide_grey(image: Image.Image) -> Image.Image:
     """RGB of an image in mode I;16 and its kind, I or F, whose values Pillow would clip to bytes."""
     wide = image.mode.startswith("I;16")
     if image.format == "TIFF":
-        tags = image.tag_v2  # 12 bits, and those where 0 is white, come as they are stored
+        tags = image.tag_v2  # Pillow does not rescale 12 bits, nor invert images where 0 is white
         wide = wide and tags.get(BITS_PER_SAMPLE) == (16,) and tags.get(PHOTOMETRIC) == 1
-    elif image.mode == "I":  # Pillow knows no other mode for 16 bits in its older versions, and in PGM
+    elif image.mode == "I":  # the mode of 16 bits in older versions of Pillow, and in PGM
         wide = image.format in ("PNG", "PPM")
     if not wide:
         raise ValueError(f"in Pillow's mode {image.mode} it is unknown which value is white: save it with 8 bits")
@@ -101,8 +101,8 @@ def center_crop_arr(image: Image.Image, image_size: int) -> np.ndarray:
 # Many images
 
 
-class Names:
-    """Many byte strings in one array: a list is copied to every worker process, page by page as it is looked at."""
+class PackedStrings:
+    """Many byte strings in one array: of a list, each worker process would copy every page that it reads."""
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self.ends = np.cumsum([0, *map(len, names)])
@@ -116,13 +116,13 @@ class Names:
 
 
 class ImageDataset(Dataset, ABC):
-    """RGB images in [-1, 1], cropped to squares: what image folders and archives have in common."""
+    """RGB images in [-1, 1], cropped to squares; the base of image folders and archives."""
 
     kind = "images"
     value_step = 2 / 255
 
     def __init__(self, names: Sequence[bytes], labels: Sequence[int], num_classes: int, image_size: int) -> None:
-        self.names = Names(names)
+        self.names = PackedStrings(names)
         self.labels = np.asarray(labels, np.int64)
         self.num_classes = num_classes
         self.image_size = image_size
@@ -143,7 +143,7 @@ class ImageDataset(Dataset, ABC):
 
     @abstractmethod
     def image_name(self, index: int) -> str:
-        """What to call an image in messages."""
+        """Name of an image in messages."""
 
     @abstractmethod
     def open_image(self, index: int) -> BinaryIO:
@@ -154,7 +154,7 @@ class ImageDataset(Dataset, ABC):
         return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
     def unreadable(self, index: int, error: Exception) -> OSError:
-        """What to raise for an image whose reading failed so: UnreadableImage, unless the disk failed."""
+        """The exception to raise after this error at an image: UnreadableImage, or OSError if the disk failed."""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "it is no image"
@@ -207,7 +207,7 @@ class ImageFolderDataset(ImageDataset):
         return printable(self.path_of(index))
 
     def is_disk_error(self, error: Exception) -> bool:
-        """As for all, and a folder that is gone is a drive that is away."""
+        """As in the base class, and a missing root folder, which is an unmounted drive."""
         return super().is_disk_error(error) or (isinstance(error, FileNotFoundError) and not os.path.isdir(self.root))
 
     def open_image(self, index: int) -> BinaryIO:
@@ -219,7 +219,7 @@ class ImageArchive(ImageDataset):
     """A zip archive of images, stored or deflated, in the order of their names.
 
     Labels are those of dataset.json, {"labels": [[name, class number], ...]} (the format of StyleGAN and EDM), where
-    null labels make a single class. Without that file every folder is a class, in alphabetical order.
+    null labels make a single class. Without that file each folder is a class, in alphabetical order.
 
     Args:
         path:       the archive
@@ -227,7 +227,7 @@ class ImageArchive(ImageDataset):
 
     Raises:
         ValueError: if the file is no such archive.
-        UnreadableImage: if its first image tells the size, and cannot be read.
+        UnreadableImage: if the size is that of the first image, and this cannot be read.
     """
 
     def __init__(self, path: str | Path, image_size: int | None = None) -> None:
@@ -279,14 +279,14 @@ class ImageArchive(ImageDataset):
         return printable(f"{self.path}/{self.names[index].decode()}")
 
     def is_disk_error(self, error: Exception) -> bool:
-        """Any of the system's: it concerns the archive, and so all images."""
+        """Any error of the operating system: it concerns the archive, and so all images."""
         return isinstance(error, OSError) and error.errno is not None
 
     def open_image(self, index: int) -> BinaryIO:
         """The bytes of an image, as a file.
 
         Raises:
-            OSError, ValueError, zlib.error: if they are not what the archive's directory says, or too many.
+            OSError, ValueError, zlib.error: if they contradict the archive's directory, or are too many.
         """
         begin, packed, size, crc = self.entries[index].tolist()
         if max(packed, size) > LARGEST_IMAGE:
@@ -299,7 +299,9 @@ class ImageArchive(ImageDataset):
         begin += 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         data = os.pread(descriptor, packed, begin)
         if self.deflated[index]:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # and no more, whatever it holds
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(
+                data, size + 1
+            )  # one byte more than it should have, at most
         if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("the archive is damaged there, or has changed since it was opened")
         return io.BytesIO(data)
@@ -309,7 +311,7 @@ class ImageArchive(ImageDataset):
 
 
 def _is_image(name: str) -> bool:
-    """Whether an archive's file is an image; names with a dot in front are what macOS adds."""
+    """Tell images by their extension; macOS adds files whose names start with a dot."""
     return name.lower().endswith(IMG_EXTENSIONS) and not PurePosixPath(name).name.startswith(".")
 
 
@@ -322,7 +324,7 @@ def _read_description(archive: zipfile.ZipFile, name: str, images: int) -> bytes
 
 
 def _json_labels(text: bytes, names: list[str], source: str) -> list[int]:
-    """Labels of an archive's images out of its dataset.json, whose names start where it lies itself."""
+    """Labels of an archive's images from its dataset.json, whose names are relative to its own folder."""
     try:
         listed = json.loads(text).get("labels")
         labels = None if listed is None else dict(listed)

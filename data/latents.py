@@ -1,14 +1,14 @@
-"""Latent shards: safetensors files of latents, written by extract_latents.py or by LightningDiT, read at random.
+"""Latent files: safetensors of latents, written by extract_latents.py or by LightningDiT, read in any order.
 
-A shard of n samples holds, under the names that LightningDiT uses,
+A latent file of n samples holds, under LightningDiT's names,
 
     latents, latents_flip           (n, C, h, w)  unscaled latents z of the images and of their mirror images
     labels                          (n,)          class numbers, int64
     latents_std, latents_flip_std   (n, C, h, w)  standard deviation of the posterior, whose mean `latents` then are
 
-The last two are ours: LightningDiT stores draws from the posterior, and does not look at what it does not know. Our
-shards say in their metadata which autoencoder made them and how z becomes the network's x; LightningDiT keeps
-latents_stats.pt beside its own instead.
+The last two are ours: LightningDiT stores draws from the posterior, and ignores unknown tensors. The metadata of our
+files name the autoencoder and the scaling from z to the network's x; LightningDiT keeps latents_stats.pt beside its own
+files instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  #
 LONGEST_HEADER = 100_000_000  # safetensors' own limit, in bytes
 OPEN_FILES = 256  # per process; systems commonly allow 1024
 
-MAX_CLASSES = 1_000_000  # a label beyond is damage, and would make an embedding of gigabytes
+MAX_CLASSES = 1_000_000  # a larger label is damage, and would make an embedding of gigabytes
 
 
 def digest(*parts: np.ndarray | bytes) -> str:
@@ -57,7 +57,7 @@ def digest(*parts: np.ndarray | bytes) -> str:
 
 
 def draw_flip(generator: torch.Generator) -> bool:
-    """Whether a sample is mirrored: the first number of its generator, for images and latents alike."""
+    """Draw if a sample is mirrored, from the first number of its generator, for images and latents alike."""
     return torch.rand((), generator=generator).item() < 0.5
 
 
@@ -66,17 +66,17 @@ def draw_flip(generator: torch.Generator) -> bool:
 
 
 def shard_files(path: str | Path) -> list[Path]:
-    """The shards of a folder in the order of their samples; a name with a dot in front is not finished."""
+    """The latent files of a folder in the order of their samples; a name that starts with a dot is unfinished."""
     return sorted(file for file in Path(path).glob("*.safetensors") if not file.name.startswith("."))
 
 
 def shard_name(number: int) -> str:
-    """Of the shard of that number: names sort like numbers."""
+    """File name of latent file `number`, zero-padded so that names sort in order."""
     return f"latents_{number:06d}.safetensors"
 
 
 def shard_metadata(autoencoder: LatentSpace, image_size: int, num_classes: int, shards: int) -> dict[str, str]:
-    """What a shard of ours says about the set it belongs to, of `shards` files."""
+    """Metadata of a latent file of ours: the settings of its set, which has `shards` files."""
     return {
         "format": FORMAT,
         "autoencoder": autoencoder.name,
@@ -88,7 +88,7 @@ def shard_metadata(autoencoder: LatentSpace, image_size: int, num_classes: int, 
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a shard: complete under its name, or not there. See the top of this file for the tensors.
+    """Write a latent file, which appears under its name only when complete; the module's docstring lists the tensors.
 
     Raises:
         OSError: if it cannot be written.
@@ -105,13 +105,13 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard's header says of it; none of its data."""
+    """The header of a latent file; none of its data."""
 
     path: str
     rows: int
     shape: tuple[int, ...]  # of one sample's latents, (C, h, w)
     dtype: torch.dtype
-    begins: dict[str, int]  # tensors, and where in the file their first byte is
+    begins: dict[str, int]  # by tensor, the position of its first byte in the file
     version: tuple[int, int]  # size of the file, and time of its last change in ns
     metadata: dict[str, str]
 
@@ -135,9 +135,10 @@ class Shard:
                 places = {name: tuple(map(int, tensor["data_offsets"])) for name, tensor in header.items()}
                 end = max((end for _, end in places.values()), default=0)
             except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
-                raise ValueError(f"the shard {path} is damaged: its header cannot be read") from error
+                raise ValueError(f"the latent file {path} is damaged: its header cannot be read") from error
         if end != size - 8 - length:
-            raise ValueError(f"the shard {path} is damaged: it has {size} bytes and should have {8 + length + end}")
+            expected = 8 + length + end
+            raise ValueError(f"the latent file {path} is damaged: it has {size} bytes and should have {expected}")
         names = ["latents", "latents_flip"]
         names += ["latents_std", "latents_flip_std"] if "latents_std" in found else []
         dtype, shape = found.get("latents", ("", ()))
@@ -149,7 +150,7 @@ class Shard:
         else:
             sizes = dict.fromkeys(names, math.prod(shape) * DTYPES[dtype].itemsize) | {"labels": 8 * shape[0]}
             if min(shape) < 0 or any(places[k][0] < 0 or places[k][1] - places[k][0] != sizes[k] for k in sizes):
-                raise ValueError(f"the shard {path} is damaged: its header contradicts itself")
+                raise ValueError(f"the latent file {path} is damaged: its header contradicts itself")
             begins = {name: 8 + length + places[name][0] for name in (*names, "labels")}
             return cls(str(path), shape[0], shape[1:], DTYPES[dtype], begins, version, metadata)
         text = "; ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(found.items())) or "nothing"
@@ -163,7 +164,7 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 
 
 def settings_of(shard: Shard) -> dict[str, str]:
-    """The metadata that all shards of a set have in common (`shard_metadata`); empty for one that is not ours."""
+    """The metadata that all files of a set share (`shard_metadata`); empty for files that are not ours."""
     if shard.metadata.get("format") != FORMAT:
         return {}
     return {name: value for name, value in shard.metadata.items() if name != "skipped"}
@@ -174,25 +175,25 @@ def settings_of(shard: Shard) -> dict[str, str]:
 
 
 class LatentShards(Dataset):
-    """Latents, scaled as the network sees them, from a folder of shards.
+    """Latents from a folder of latent files, scaled for the network.
 
-    Samples are read out of the files one by one: nothing is held in memory, pickled or copied to workers. Not through
-    memory maps: a page once touched, and up to 2 MB around it, counts as this process's memory from then on.
+    Samples are read from the files one by one: nothing is held in memory, pickled or copied to workers. Memory maps
+    would not do: a page once touched, and up to 2 MB around it, counts as this process's memory from then on.
 
     Args:
         path:        the folder
-        autoencoder: the one that --vae names, if it does
+        autoencoder: the autoencoder of --vae, if given
         image_size:  side of the images, to be checked
 
     Attributes:
-        vae:         name of the autoencoder; None where neither the shards nor --vae tell
-        image_size:  side of the images; None where the autoencoder is unknown
-        scaling:     how the autoencoder's latents became the network's, and become its own again
+        vae:         name of the autoencoder; None if neither the files nor --vae name it
+        image_size:  side of the images; None if the autoencoder is unknown
+        scaling:     conversion between the autoencoder's latents and the network's inputs
 
     Raises:
-        FileNotFoundError: if there are no shards.
+        FileNotFoundError: if there are no latent files.
         ValueError: if they are damaged, do not belong together, or are not of this autoencoder or image size; if they
-            say nothing of their scaling, have no latents_stats.pt, and no autoencoder is given either.
+            do not name their scaling, and neither latents_stats.pt nor an autoencoder gives it.
     """
 
     kind = "latents"
@@ -201,28 +202,31 @@ class LatentShards(Dataset):
     def __init__(self, path: str | Path, autoencoder: Autoencoder | None = None, image_size: int | None = None) -> None:
         shards = [Shard.read(file) for file in shard_files(path)]
         if not shards:
-            raise FileNotFoundError(f"{path} holds no *.safetensors shards")
+            raise FileNotFoundError(f"{path} holds no latent files (*.safetensors)")
         first, metadata = shards[0], settings_of(shards[0])
         for shard in shards:
             if (shard.shape, shard.dtype, set(shard.begins)) != (first.shape, first.dtype, set(first.begins)):
-                raise ValueError(f"the shards {first.path} and {shard.path} hold tensors of different kinds")
+                raise ValueError(f"the latent files {first.path} and {shard.path} hold tensors of different kinds")
             if settings_of(shard) != metadata:
-                raise ValueError(f"the shards {first.path} and {shard.path} were made with different settings")
-        if metadata.get("shards", str(len(shards))) != str(len(shards)):
-            raise ValueError(f"{path} holds {len(shards)} of {metadata['shards']} shards: finish extract_latents.py")
+                raise ValueError(f"the latent files {first.path} and {shard.path} were made with different settings")
+        planned = metadata.get("shards", str(len(shards)))
+        if planned != str(len(shards)):
+            raise ValueError(f"{path} holds {len(shards)} of {planned} shards: finish extract_latents.py")
         self.image_shape = first.shape
         self.has_deviation = "latents_std" in first.begins
         self._dtype, self._row_bytes = first.dtype, math.prod(first.shape) * first.dtype.itemsize
         self._shards = [replace(shard, metadata={}) for shard in shards]
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
         if not len(self):
-            raise ValueError(f"the shards in {path} are empty")
+            raise ValueError(f"the latent files in {path} are empty")
         self._files: dict[int, BinaryIO] = {}
 
         space = autoencoder if isinstance(autoencoder, LatentSpace) else None
         if space is not None and space.channels != first.shape[0]:
-            raise ValueError(f"{path} holds latents of {first.shape[0]} channels, those of {space.name} have "
-                             f"{space.channels}: give --vae the autoencoder that made them")  # fmt: skip
+            raise ValueError(
+                f"{path} holds latents of {first.shape[0]} channels, those of {space.name} have {space.channels}: "
+                "give --vae the autoencoder that made them"
+            )
         if metadata:
             try:
                 self.vae = metadata["autoencoder"]
@@ -233,7 +237,7 @@ class LatentShards(Dataset):
                 if not self.scaling.apply(torch.ones(1, *first.shape)).isfinite().all():
                     raise ValueError(f"{self.scaling}")
             except (KeyError, ValueError, TypeError, RuntimeError) as error:  # of json, int and torch
-                raise ValueError(f"the shard {first.path} is damaged: its metadata cannot be read") from error
+                raise ValueError(f"the latent file {first.path} is damaged: its metadata cannot be read") from error
             same = space and space.scaling == self.scaling and space.factor * first.shape[-1] == self.image_size
             if autoencoder is not None and not same:
                 raise ValueError(f"{path} holds latents of {self.vae}, not of {autoencoder.name}: leave --vae out")
@@ -241,39 +245,43 @@ class LatentShards(Dataset):
             self.vae, self.scaling = None, _statistics(Path(path)) or (space and space.scaling)
             self.image_size, self.num_classes = None, None
             if self.scaling is None:
-                raise ValueError(f"the shards in {path} do not say how they are scaled, and there is no {STATISTICS}: "
-                                 f"give --vae the autoencoder that made them")  # fmt: skip
+                raise ValueError(
+                    f"the latent files in {path} do not say how they are scaled, and there is no {STATISTICS}: "
+                    "give --vae the autoencoder that made them"
+                )
             if isinstance(self.scaling.shift, tuple) and len(self.scaling.shift) != first.shape[0]:
-                raise ValueError(f"{path}/{STATISTICS} has {len(self.scaling.shift)} channels, the shards have "
-                                 f"{first.shape[0]}")  # fmt: skip
+                channels = len(self.scaling.shift)
+                raise ValueError(f"{path}/{STATISTICS} has {channels} channels, the shards have {first.shape[0]}")
         labels = self._read_labels(min(self.num_classes or MAX_CLASSES, MAX_CLASSES))
         self.num_classes = self.num_classes or int(labels.max()) + 1
         self._labels_digest = digest(labels)
-        if space is not None:  # it may have moved, or be another decoder of the same latents, as mse is of ema's
+        if space is not None:  # it may have moved, or decode the same latents, as mse decodes ema's
             self.vae, self.image_size = space.name, space.factor * first.shape[-1]
         if image_size is not None and self.image_size not in (None, image_size):
-            raise ValueError(f"{path} holds latents of {self.image_size}x{self.image_size} images: "
-                             f"leave --image-size {image_size} out, or extract them at that size")  # fmt: skip
+            raise ValueError(
+                f"{path} holds latents of {self.image_size}x{self.image_size} images: "
+                f"leave --image-size {image_size} out, or extract them at that size"
+            )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def _read_labels(self, bound: int) -> np.ndarray:
-        """Labels (rows of all shards,) int64; ValueError if one is negative, or not below the bound."""
+        """Labels (N,) int64 of all files; ValueError if one is negative, or not below the bound."""
         parts = []
         for shard in self._shards:
             labels = np.fromfile(shard.path, np.int64, shard.rows, offset=shard.begins["labels"])
             wrong = np.flatnonzero((labels < 0) | (labels >= bound))
             if len(wrong):
                 raise ValueError(
-                    f"the shard {shard.path} has the label {labels[wrong[0]]} in row {wrong[0]}: labels "
+                    f"the latent file {shard.path} has the label {labels[wrong[0]]} in row {wrong[0]}: labels "
                     f"count from 0 and are below {bound:,}"
                 )
             parts.append(labels)
         return np.concatenate(parts)
 
     def identity(self) -> dict[str, Any]:
-        """See AnyDataset; of the latents themselves only number, shape and type are known without reading them."""
+        """See AnyDataset; of the latents only number, shape and type count, so that none is read."""
         shards = [
             os.fsencode(os.path.basename(shard.path)) + f" {shard.rows} {shard.shape} {shard.dtype}\n".encode()
             for shard in self._shards
@@ -297,15 +305,14 @@ class LatentShards(Dataset):
     def load_many(
         self, indices: Sequence[int], generators: Sequence[torch.Generator] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled latents (n, C, h, w) float32 and labels (n,) int64; each the same as by itself.
+        """Scaled latents (n, C, h, w) float32 and labels (n,) int64; each independent of the others.
 
         Args:
-            generators: one per sample; it decides whether the sample is mirrored, then draws from the posterior where
-                the shards hold its deviation. None for `latents` as they are: the posterior's mean, or
-                LightningDiT's draw from it.
+            generators: one per sample; it draws if the sample is mirrored, then from the posterior where the files
+                hold its deviation. None for `latents` as stored: the posterior's mean, or LightningDiT's draw.
 
         Raises:
-            OSError: if a file cannot be read, or is not what it was when the dataset was opened.
+            OSError: if a file cannot be read, or has changed since the dataset was opened.
         """
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = (np.asarray(indices) - self._starts[shards]).tolist()
@@ -318,10 +325,10 @@ class LatentShards(Dataset):
         wanted = [self._places(shards, rows, names)]
         if draws:
             wanted += [self._places(shards, rows, [f"{name}_std" for name in names])]
-        if hasattr(os, "posix_fadvise"):  # on Linux the disk is asked for all at once, not for one after the other
+        if hasattr(os, "posix_fadvise"):  # on Linux: prefetch all at once, not one after the other
             for shard, begin in itertools.chain(*wanted):
                 descriptor = self._file(shard).fileno()
-                with contextlib.suppress(OSError):  # reading will tell
+                with contextlib.suppress(OSError):  # reading reports errors
                     os.posix_fadvise(descriptor, begin, self._row_bytes, os.POSIX_FADV_WILLNEED)
         z = self._latents(wanted[0])
         if draws:
@@ -330,11 +337,12 @@ class LatentShards(Dataset):
         labels = self._bytes(places, 8).view(torch.int64).flatten()
         for k in set(shards):
             if _version(self._file(k)) != self._shards[k].version:
-                raise OSError(f"the shard {self._shards[k].path} has been changed since it was opened: start again")
+                path = self._shards[k].path
+                raise OSError(f"the latent file {path} has been changed since it was opened: start again")
         return self.scaling.apply(z), labels
 
     def _places(self, shards: list[int], rows: list[int], names: list[str]) -> list[tuple[int, int]]:
-        """Shard and first byte of these rows of these tensors."""
+        """File number and first byte of these rows of these tensors."""
         size = self._row_bytes
         return [
             (k, self._shards[k].begins[name] + row * size) for k, row, name in zip(shards, rows, names, strict=True)
@@ -359,11 +367,11 @@ class LatentShards(Dataset):
             except OSError as error:  # which does not name the file
                 raise OSError(f"cannot read the shard {path}: {error.strerror}") from error
             if read != size:
-                raise OSError(f"the shard {path} has become shorter since it was opened: start again")
+                raise OSError(f"the latent file {path} has become shorter since it was opened: start again")
         return torch.from_numpy(buffer)
 
     def _file(self, shard: int) -> BinaryIO:
-        """A shard's file; each process opens its own."""
+        """The opened file; each process opens its own."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
@@ -375,7 +383,7 @@ class LatentShards(Dataset):
 
 
 def _statistics(path: Path) -> Scaling | None:
-    """x = (z - mean) / std with the numbers that LightningDiT keeps beside its shards."""
+    """x = (z - mean) / std with the numbers that LightningDiT keeps beside its latent files."""
     file = path / STATISTICS
     if not file.exists():
         return None

@@ -44,7 +44,7 @@ def numbers(path: str, t: float) -> tuple[float, ...]:
 
 
 def default_interval(path: str, prediction: str) -> tuple[float, float]:
-    """Where sampling starts and stops by default (shared/FACTS.md)."""
+    """Start and end of sampling by default: SiT's `check_interval` (github.com/willisma/SiT, transport/transport.py)."""
     if path == "VP":
         return 0.0, 1 - 1e-3
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
@@ -160,7 +160,7 @@ def observed_order(errors: list[float], steps: list[int]) -> float:
 
 
 def diffusion(path: str, form: str, t: float) -> float:
-    """w_t as shared/FACTS.md lists it."""
+    """w_t of SiT (arXiv:2401.08740), table 2, as `compute_diffusion` of its code has it."""
     alpha, sigma, d_alpha, d_sigma = numbers(path, t)
     return {
         "constant": lambda: 1.0,
@@ -173,9 +173,17 @@ def diffusion(path: str, form: str, t: float) -> float:
 
 
 def sde_chain(
-    data: Gaussian, path: str, prediction: str, edges: tuple[float, ...], steps: tuple[int, ...], form: str,
-    norm: float, method: str, last_step: str | None, size: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    data: Gaussian,
+    path: str,
+    prediction: str,
+    edges: tuple[float, ...],
+    steps: tuple[int, ...],
+    form: str,
+    norm: float,
+    method: str,
+    last_step: str | None,
+    size: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, variance and gain (x_end = gain x_0 + ...) of an SDE's discrete chain, which is affine in x.
 
     `steps` are those of each level before the last step, which has the length `size`.

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a small trained run, and scripts started as users start them."""
+"""Fixtures of the tests of the commands: a small trained run, and commands started as users start them."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def mae_positions(width: int, rows: np.ndarray, columns: np.ndarray) -> torch.Te
 
 
 def published_weights(levels: int, channels: int = 4, out: int = 8, tokens: int = 8) -> dict[str, torch.Tensor]:
-    """Random weights of SiT (1 level) or PPFlow, names and shapes as in FACTS.md; tokens are the side of the grid."""
+    """Random weights in the names and shapes of SiT's or PPFlow's code (1 level: SiT); tokens are the grid's side."""
     generator = torch.Generator().manual_seed(levels)
     shapes = {
         "x_embedder.proj.weight": (WIDTH, channels, 2, 2),

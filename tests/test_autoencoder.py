@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import autoencoder as room
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from small_autoencoders import FACTOR, change_config, open_kl, save_kl, save_tiny
 
+import data.autoencoder as room
 from data.autoencoder import LatentSpace, PixelSpace, Scaling, autoencoder_name, load_autoencoder
 from runtime.rng import sample_generators
 from runtime.speed import use_precision
@@ -74,12 +74,10 @@ def test_scaling_and_shift_are_the_configs(tmp_path, images, which):
     model = AutoencoderKL.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         posterior = model.encode(images).latent_dist
-        mean, deviation = space.moments(images)
-        torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
-        torch.testing.assert_close(deviation, posterior.std * scale)
-        raw, raw_deviation = space.raw_moments(images)
-        torch.testing.assert_close(raw, posterior.mean)
-        torch.testing.assert_close(raw_deviation, posterior.std)
+        mean, deviation = space.raw_moments(images)
+        torch.testing.assert_close(mean, posterior.mean)
+        torch.testing.assert_close(deviation, posterior.std)
+        torch.testing.assert_close(space.scaling.apply(mean), (posterior.mean - shift) * scale)
         x = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(space.decode(x), model.decode(x / scale + shift).sample)
 
@@ -88,7 +86,8 @@ def test_scaling_and_shift_are_the_configs(tmp_path, images, which):
 def test_a_scaling_has_an_inverse_and_survives_json(scaling):
     z = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     torch.testing.assert_close(scaling.invert(scaling.apply(z)), z)
-    torch.testing.assert_close(scaling.apply(z + 1) - scaling.apply(z), scaling.apply_to_deviation(torch.ones_like(z)))
+    scale = torch.tensor(scaling.scale, dtype=z.dtype).reshape(-1, 1, 1)
+    torch.testing.assert_close(scaling.apply(z + 1) - scaling.apply(z), scale.expand_as(z))
     again = Scaling.from_dict(json.loads(json.dumps({"scale": scaling.scale, "shift": scaling.shift})))
     assert again == scaling
 
@@ -96,8 +95,9 @@ def test_a_scaling_has_an_inverse_and_survives_json(scaling):
 def test_an_autoencoder_can_be_scaled_otherwise(kl, images):
     other = kl.with_scaling(Scaling(1.0, 2.0))
     raw, _ = kl.raw_moments(images)
-    torch.testing.assert_close(other.moments(images)[0], (raw - 1) * 2)
-    torch.testing.assert_close(kl.moments(images)[0], raw * 0.18215)
+    torch.testing.assert_close(other.raw_moments(images)[0], raw)
+    torch.testing.assert_close(other.scaling.apply(raw), (raw - 1) * 2)
+    torch.testing.assert_close(kl.scaling.apply(raw), raw * 0.18215)
     torch.testing.assert_close(other.decode((raw - 1) * 2), kl.decode(raw * 0.18215))
 
 
@@ -138,7 +138,8 @@ def test_pixel_space_changes_nothing(images):
 
 
 def test_draws_are_normal_with_the_posteriors_moments(kl, images):
-    mean, deviation = kl.moments(images[:1])
+    raw, raw_deviation = kl.raw_moments(images[:1])
+    mean, deviation = kl.scaling.apply(raw), raw_deviation * kl.scaling.scale
     draws = kl.encode(images[:1].expand(400, -1, -1, -1), torch.Generator().manual_seed(2))
     normal = ((draws - mean) / deviation).flatten()
     assert stats.kstest(normal.numpy(), "norm").pvalue > 1e-3
@@ -165,7 +166,6 @@ def test_tiny_autoencoders_are_deterministic(tmp_path, images):
     torch.testing.assert_close(raw, z)
     assert none is None
     assert space.raw_moments(images[:0])[1] is None
-    assert space.moments(images)[1].abs().max() == 0
     assert torch.equal(space.encode(images, torch.Generator().manual_seed(3)), space.encode(images))
 
 
@@ -175,13 +175,13 @@ def test_tiny_autoencoders_are_deterministic(tmp_path, images):
 @pytest.mark.parametrize("pixels", [1, 16 * 12, 2 * 16 * 12, 3 * 16 * 12 + 1])
 def test_batches_that_fit_give_the_same(kl, images, monkeypatch, pixels):
     x = torch.randn(5, 4, 8, 6, generator=torch.Generator().manual_seed(4))
-    decoded, mean = kl.decode(x), kl.moments(images)[0]
+    decoded, mean = kl.decode(x), kl.raw_moments(images)[0]
     sizes: list[int] = []
     monkeypatch.setattr(room, "BATCH_PIXELS", pixels)
-    hooks = [part.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-             for part in (kl.model.decoder, kl.model.encoder)]  # fmt: skip
+    parts = (kl.model.decoder, kl.model.encoder)
+    hooks = [part.register_forward_hook(lambda _, args, __: sizes.append(len(args[0]))) for part in parts]
     torch.testing.assert_close(kl.decode(x), decoded)
-    torch.testing.assert_close(kl.moments(images)[0], mean)
+    torch.testing.assert_close(kl.raw_moments(images)[0], mean)
     for hook in hooks:
         hook.remove()
     assert max(sizes) == max(1, pixels // (16 * 12))
@@ -211,13 +211,15 @@ def test_a_batch_too_large_for_the_memory_is_halved(kl):
 def test_the_networks_precision_changes_no_latent_and_no_image(tmp_path, images, save, network):
     space = load_autoencoder(str(save(tmp_path)))
     with use_precision("fp32" if network == "fp32" else "tf32", torch.device("cpu")):
-        exact, deviation = space.moments(images)
+        mean, deviation = space.raw_moments(images)
+        exact = space.scaling.apply(mean)
         drawn, decoded = space.encode(images, sample_generators(0, range(5))), space.decode(exact)
     with use_precision(network, torch.device("cpu")):
         linear = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
         assert linear.dtype == (torch.bfloat16 if network == "bf16" else torch.float32)
-        for found, expected in zip(space.moments(images), (exact, deviation), strict=True):
-            assert torch.equal(found, expected)
+        again, deviation_again = space.raw_moments(images)
+        assert torch.equal(again, mean)
+        assert torch.equal(deviation_again, deviation) if deviation is not None else deviation_again is None
         assert torch.equal(space.encode(images, sample_generators(0, range(5))), drawn)
         assert torch.equal(space.decode(exact), decoded)
         assert space.decode(exact.bfloat16()).dtype == torch.float32  # as a network in bf16 may give them
@@ -292,7 +294,7 @@ def test_another_kind_of_model_is_named(tmp_path):
 
 HUB = """
 import sys, time
-from autoencoder import load_autoencoder
+from data.autoencoder import load_autoencoder
 print(load_autoencoder("someone/cached").latent_shape((3, 16, 16)))
 try:
     load_autoencoder("ema")

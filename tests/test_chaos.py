@@ -59,7 +59,7 @@ class Job:
             )
 
     def text(self) -> str:
-        """What this folder's jobs have printed."""
+        """Text that this folder's jobs have printed."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def ended(self) -> bool:

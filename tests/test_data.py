@@ -335,7 +335,7 @@ def test_an_archive_whose_first_image_is_damaged_names_it(tmp_path):
 
 
 def flips(dataset: ImageFolderDataset, seed: int, positions: range) -> list[bool]:
-    """Whether each position of the stream is mirrored; checks that it is that or the image itself."""
+    """True for each mirrored position of the stream; checks that the others are the image itself."""
     upright = {label: dataset.load(label)[0] for label in range(len(dataset))}
     stream, found = TrainingStream(dataset, seed), []
     for position in positions:

@@ -93,7 +93,7 @@ def crops(pictures: Path) -> torch.Tensor:
     return torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-# -- What is in the shards -----------------------------------------------------------------------------------------
+# -- Content of the latent files-----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("fp32", 1e-5), ("fp16", 2**-11), ("bf16", 2**-8)])

@@ -6,7 +6,6 @@ import json
 import pickle
 from pathlib import Path
 
-import latents as room
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from scipy import stats
 from small_autoencoders import change_config, open_kl, save_kl
 from torch.utils.data import DataLoader
 
+import data.latents as room
 from benchmarks import data as benchmark
 from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from data.datasets import open_dataset
@@ -260,7 +260,7 @@ def test_statistics_beside_our_shards_change_nothing(tmp_path, space):
 
 
 def test_lightningdit_reads_our_shards(tmp_path, space):
-    """What its dataset does with a folder: count labels, then take a slice of one row."""
+    """Read a folder as its dataset does: count labels, then take a slice of one row."""
     write_set(tmp_path, space)
     stored, found = whole(tmp_path), 0
     for file in sorted(tmp_path.glob("*.safetensors")):

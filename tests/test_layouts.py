@@ -47,7 +47,7 @@ def test_published_files_compute_the_published_outputs(levels, channels, out, su
         "learn_sigma": out == 2 * channels,
     }  # fmt: skip
     assert not pretrained.model.training
-    assert pretrained.schedule == PatchSchedule.default(levels)
+    assert PatchSchedule(pretrained.transport["level_edges"]) == PatchSchedule.default(levels)
     assert (pretrained.vae, pretrained.step) == ("stabilityai/sd-vae-ft-ema" if channels == 4 else "none", 0)
     assert create_transport(**pretrained.transport).path.name == "Linear"
     check_levels(pretrained.model, weights, learn_sigma=out == 2 * channels)
@@ -318,7 +318,7 @@ def test_a_coarse_level_is_sit_on_the_mean_pixels(patch):
 
 
 def test_levels_start_as_in_ppflows_layout():
-    """The rule of FACTS.md on PPFlow's tensors: sub-pixels are consecutive channels."""
+    """PPFlow (arXiv:2506.23543) starts from a DiT by repeating tensors: sub-pixels are consecutive channels."""
     model, sit = tiny(3), tiny(1)
     initialize_levels(model, sit)
     found, given = export_state_dict(model, "ppflow"), export_state_dict(sit, "sit")

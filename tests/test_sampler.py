@@ -23,6 +23,7 @@ from closed_form import (
 )
 from torchdiffeq import odeint
 
+from runtime.rng import sample_generators
 from transport import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
@@ -33,7 +34,6 @@ from transport import (
     Sampler,
     bits_per_dim,
     create_transport,
-    sample_generators,
 )
 
 ODD_EDGES = (0.13, 0.37, 0.9)
@@ -63,7 +63,7 @@ def noise(n: int, dimensions: int = 5, seed: int = 0) -> torch.Tensor:
 def exact_ode(
     path: str, prediction: str, x: torch.Tensor, reverse: bool = False, interval: tuple[float, float] | None = None
 ) -> torch.Tensor:
-    """What the sampler must return: the flow between the ends of the interval, which stand for noise and data."""
+    """The sampler's exact result: the flow between the ends of the interval, which stand for noise and data."""
     start, stop = interval or default_interval(path, prediction)
     sigma, alpha = numbers(path, start)[1], numbers(path, stop)[0]
     if reverse:

@@ -1,4 +1,4 @@
-"""Levels over time, the cutting of the way and the sharing of steps."""
+"""Levels over time, the cutting of the trajectory and the sharing of steps."""
 
 import random
 from itertools import pairwise
@@ -78,7 +78,7 @@ def test_exactly_on_an_edge_the_level_is_the_coarser(edges: object, dtype: torch
     assert PatchSchedule(edges).level_at(after).tolist() == list(range(1, len(edges) + 1))
 
 
-# -- The way cut into intervals ------------------------------------------------------------------------------------
+# -- The trajectory cut into intervals -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backwards", [False, True])

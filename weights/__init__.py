@@ -1,1 +1,1 @@
-"""Trained weights on disk: layouts, files, and those that are published."""
+"""Trained weights on disk: layouts, files, and published weights."""

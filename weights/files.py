@@ -18,7 +18,7 @@ from models import PyramidalPatchDiT
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a file holds, onto the CPU: a state dict, or a dict of them with what else training saved.
+    """Read a file onto the CPU: a state dict, or a checkpoint, a dict of state dicts and other training state.
 
     Raises:
         ValueError: if it cannot be read, or holds code.
@@ -27,12 +27,12 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # PPFlow's and SiT's "args": plain data
-            # Mapped, not read: tensors that are not needed (the optimizer's) cost nothing.
+            # Memory-mapped: tensors that nobody uses (the optimizer's) are not read.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds {refused[1]}, not only tensors and plain data: it is not opened") from error
-        # Where torch advises weights_only=False, the file is none of torch's.
+        # torch advises weights_only=False for files of other formats: name the exception's type instead.
         advice = isinstance(error, pickle.UnpicklingError) or not str(error).strip()
         reason = type(error).__name__ if advice else re.split(r"\. |\n", str(error).strip())[0]
         raise ValueError(f"cannot read {path} ({path.stat().st_size:,} bytes), is it truncated? ({reason})") from error

@@ -1,6 +1,6 @@
-"""Layouts of the same weights in files: this program's, SiT's and PPFlow's; and from coarse patches to fine ones.
+"""Layouts of weights in files (this program's, SiT's, PPFlow's), and initialisation of one set of levels from another.
 
-    what                  ours                         SiT and PPFlow
+    part                  ours                         SiT and PPFlow
     patch embedding       x_embedder.L, a linear       x_embedder.proj{1,2,}, a convolution after space-to-depth
     head                  final_layer.linear.L         final_layer.linear{1,2,}, its channels in space-to-depth order
     positions             computed                     pos_embed in SiT, pos_embed.L in PPFlow
@@ -29,7 +29,7 @@ Weights = dict[str, torch.Tensor]
 
 LAYOUTS = ("ours", "ppflow", "sit")
 
-# By number of levels: what ends the names of a level's tensors, and its space-to-depth factors (fy, fx).
+# By number of levels: suffixes of the levels' tensor names, and their space-to-depth factors (fy, fx).
 SUFFIXES = {1: ("",), 2: ("1", ""), 3: ("1", "2", "")}
 FACTORS = {1: ((1, 1),), 2: ((2, 2), (1, 1)), 3: ((2, 2), (1, 2), (1, 1))}
 
@@ -39,7 +39,7 @@ POSITION_TOLERANCE = 1e-2
 
 
 def layout_of(weights: Mapping[str, Any], source: str) -> str:
-    """Which layout the names belong to.
+    """The layout that the tensors' names belong to.
 
     Raises:
         ValueError: if it is none of them.
@@ -56,28 +56,28 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
 
 
 def _position_names(num_levels: int) -> list[str]:
-    """Under which names SiT and PPFlow store a model's positions."""
+    """SiT's and PPFlow's tensor names of a model's positions."""
     return ["pos_embed"] if num_levels == 1 else [f"pos_embed.{level}" for level in range(num_levels)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the shapes tell
+# Arguments from shapes
 
 
 def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overrides: Any) -> dict[str, Any]:
     """The arguments of PyramidalPatchDiT that weights in SiT's or PPFlow's layout were made with.
 
-    What several tensors tell is decided by most of them, so that a wrong one among them is found and named later.
-    The number of heads is in no shape: it is that of the registry's size of this width, else hidden_size / 64. The
-    input is taken to be square.
+    Where several tensors give a number, the majority decides, so that loading later names the wrong one. No shape
+    gives the number of heads: it is that of the registry's size of this width, else hidden_size / 64. The input is
+    assumed to be square.
 
     Args:
         weights:   tensors by name; only their shapes matter
         source:    the file's name, for messages
-        overrides: arguments that are known, and win
+        overrides: known arguments, which win
 
     Raises:
-        ValueError: if the shapes do not tell, or contradict each other.
+        ValueError: if the shapes do not determine the arguments, or contradict each other.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
@@ -124,8 +124,10 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
     outs = [rows // (a * b) for rows in heads]
     out_channels = most([out for out in outs if out in (channels, 2 * channels)] or outs, "the output channels")
     if out_channels not in (channels, 2 * channels):
-        raise ValueError(f"{source} is damaged: x_embedder.proj.weight is for {channels} channels, "
-                         f"final_layer.linear.weight for {out_channels}")  # fmt: skip
+        raise ValueError(
+            f"{source} is damaged: x_embedder.proj.weight is for {channels} channels, "
+            f"final_layer.linear.weight for {out_channels}"
+        )
     fields["learn_sigma"] = out_channels == 2 * channels
     if "num_heads" not in overrides:
         known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
@@ -137,8 +139,8 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
         count = most(squares or tokens, "the input size (pos_embed), give input_size")
         side = math.isqrt(count)
         if side * side != count:
-            raise ValueError(f"{source}: {_position_names(levels)[-1]} has {count} tokens, which make no square: "
-                             "give input_size=(H, W)")  # fmt: skip
+            name = _position_names(levels)[-1]
+            raise ValueError(f"{source}: {name} has {count} tokens, which make no square: give input_size=(H, W)")
         fields["input_size"] = [side * a, side * b]
     return {**fields, **overrides}
 
@@ -152,7 +154,7 @@ def registry_name(model: PyramidalPatchDiT) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# There and back
+# Conversions and their inverses
 
 
 def _kernel_to_linear(kernel: torch.Tensor, factor: tuple[int, int]) -> torch.Tensor:
@@ -203,8 +205,8 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
-    weights = {name: tensor for name, tensor in model.state_dict().items()
-               if not name.startswith(("x_embedder.", "final_layer.linear."))}  # fmt: skip
+    own = ("x_embedder.", "final_layer.linear.")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     names = zip(SUFFIXES[len(patches)], FACTORS[len(patches)], patches, _position_names(len(patches)), strict=True)
     for level, (suffix, factor, patch, positions) in enumerate(names):
         embedding, head = model.x_embedder[level], model.final_layer.linear[level]
@@ -231,10 +233,15 @@ def import_state_dict(
     with torch.device("meta"):
         wanted = export_state_dict(PyramidalPatchDiT(**model.config), "sit" if model.num_levels == 1 else "ppflow")
     ignored = set(names) if other_size else set()
-    check_tensors({name: tensor for name, tensor in weights.items() if name not in ignored},
-                  {name: tensor for name, tensor in wanted.items() if name not in ignored}, source)  # fmt: skip
-    ours = {name: tensor for name, tensor in weights.items()
-            if name not in names and not name.startswith(("x_embedder.", "final_layer.linear"))}  # fmt: skip
+    found, expected = (
+        {name: tensor for name, tensor in tensors.items() if name not in ignored} for tensors in (weights, wanted)
+    )
+    check_tensors(found, expected, source)
+    ours = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name not in names and not name.startswith(("x_embedder.", "final_layer.linear"))
+    }
     parts = zip(SUFFIXES[model.num_levels], FACTORS[model.num_levels], model.patch_sizes, strict=True)
     for level, (suffix, factor, patch) in enumerate(parts):
         embedding, head = f"x_embedder.proj{suffix}", f"final_layer.linear{suffix}"
@@ -258,7 +265,7 @@ def _set_positions(model: PyramidalPatchDiT, level: int, table: torch.Tensor, wh
 
 
 def own_state_dict(model: PyramidalPatchDiT) -> Weights:
-    """The state dict, and pos_embed_L where a level's positions are a file's and not exactly the computed ones."""
+    """The state dict, with pos_embed_L for each level whose positions came from a file and differ from the computed."""
     weights = model.state_dict()
     for level in range(model.num_levels):
         buffer = getattr(model, f"pos_embed_{level}")
@@ -279,7 +286,7 @@ def fingerprint(model: PyramidalPatchDiT) -> str:
 def load_own_state_dict(
     model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
-    """Load what `own_state_dict` gives; arguments and errors as in `import_state_dict`."""
+    """Load the result of `own_state_dict`; arguments and errors as in `import_state_dict`."""
     names = {f"pos_embed_{level}": level for level in range(model.num_levels)}
     parameters = {name: tensor for name, tensor in weights.items() if name not in names}
     check_tensors(parameters, model.state_dict(), source)
@@ -297,12 +304,12 @@ def load_own_state_dict(
 def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> None:
     """Start a model from another that may have other levels (PPFlow, arXiv:2506.23543, training from a normal DiT).
 
-    Blocks, class table and time embedding are copied. A level whose patch the source has copies that level; another
-    is derived from the source's finest patch (a, b) that divides it. With a patch of (a fy, b fx), each fine pixel
-    stands for fy x fx: the embedding's weights are repeated over them and divided by fy fx, so it embeds the mean of
-    the pixels; the head's rows are repeated, so each of them is given the fine pixel's output. New level embeddings
-    are zero: the finest level starts as exactly what a SiT computes. To a model without levels, the finest level's
-    embedding goes into the class table. Only the input sizes may differ.
+    Blocks, class table and time embedding are copied. A level copies the source's level of the same patch, if there is
+    one; otherwise it is derived from the source's finest patch (a, b) that divides its own. With a patch of
+    (a fy, b fx), each fine pixel stands for fy x fx: the embedding's weights are repeated over them and divided by
+    fy fx, so it embeds the mean of the pixels; the head's rows are repeated, so each pixel gets the fine pixel's
+    output. New level embeddings are zero: the finest level starts as an exact copy of a SiT. In a model with a single
+    level, the finest level's embedding is added to the class table. Only the input sizes may differ.
 
     Args:
         model:  changed in place, on any device
@@ -324,11 +331,11 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> No
     )
     for field in here:
         if here[field] != there[field]:
-            raise ValueError(f"cannot start from weights of another model: {field} is {there[field]} there, "
-                             f"{here[field]} here")  # fmt: skip
+            differ = f"{field} is {there[field]} there, {here[field]} here"
+            raise ValueError(f"cannot start from weights of another model: {differ}")
     found = source.state_dict()
-    weights = {name: tensor for name, tensor in found.items()
-               if not name.startswith(("x_embedder.", "final_layer.linear.", "level_embedder."))}  # fmt: skip
+    by_level = ("x_embedder.", "final_layer.linear.", "level_embedder.")
+    weights = {name: tensor for name, tensor in found.items() if not name.startswith(by_level)}
     classes, old_levels = (f"{table}.embedding_table.weight" for table in ("y_embedder", "level_embedder"))
     new_levels = torch.zeros(model.num_levels, model.hidden_size, device=found[classes].device)
     for level, patch in enumerate(model.patch_sizes):

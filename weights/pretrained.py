@@ -1,6 +1,6 @@
-"""Trained weights in any layout: how each becomes a network, and how one layout becomes another.
+"""Load trained weights of any layout, and convert between layouts.
 
-In our own layout a file holds the weights, the config and the step, without what only training needs:
+A file in our own layout holds the weights, the config and the step, without the optimizer's state:
 
     .pt            {"ema": state dict, "config": {"model_name", "model", "transport", "vae"}, "step": int}
     .safetensors   the state dict; the metadata has "config", as JSON, and "step"
@@ -40,14 +40,10 @@ class TrainedWeights(NamedTuple):
     model: PyramidalPatchDiT
     transport: dict[str, Any]  # arguments of create_transport
     vae: str  # "none" for pixels, or a diffusers id or path
-    name: str  # in the registry where the sizes are there, else a description
+    name: str  # in the registry if it has a model of these sizes, else a description
     step: int  # of training; 0 if unknown
-    scaling: dict[str, Any] | None = None  # of the latents, where it is not the autoencoder's own
-    stated: frozenset[str] = frozenset()  # what of `transport` the file tells, or is known of published weights
-
-    @property
-    def schedule(self) -> PatchSchedule:
-        return PatchSchedule(tuple(self.transport["level_edges"]))
+    scaling: dict[str, Any] | None = None  # of the latents, if it is not the autoencoder's own
+    stated: frozenset[str] = frozenset()  # keys of `transport` that the file gives, or all for published weights
 
 
 def load_pretrained(
@@ -60,8 +56,8 @@ def load_pretrained(
                       a folder of save_pretrained; or a file in SiT's, PPFlow's or our layout (.pt or .safetensors)
         weights:      "ema", or "model" for the last ones of a training checkpoint
         cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
-        overrides:    arguments of PyramidalPatchDiT that win over what the file tells; num_heads and a height other
-                      than the width are in no tensor's shape
+        overrides:    arguments of PyramidalPatchDiT that win over the file's; no tensor's shape gives num_heads, or a
+                      height other than the width
 
     Raises:
         FileNotFoundError: if there is no such file or published model.
@@ -99,7 +95,7 @@ def load_pretrained(
 
 
 def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
-    """The process that the published weights were trained for, and files that say nothing of it."""
+    """The process of the published weights, assumed for files that do not name theirs."""
     return {
         "path_type": "Linear",
         "prediction": "velocity",
@@ -135,8 +131,8 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
     """Write weights of any layout as a .pt or .safetensors file in another.
 
     Args:
-        source:    what load_pretrained takes
-        out:       the file to write; the module's docstring says what it holds
+        source:    as name_or_path of load_pretrained
+        out:       the file to write; the module's docstring gives its content
         layout:    "ours", "ppflow" or "sit"; the last two hold weights alone, no schedule
         weights:   which of a checkpoint's; as for load_pretrained
         overrides: as for load_pretrained
@@ -149,7 +145,7 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
         raise ValueError(f"{out} ends neither in .pt nor in .safetensors")
     pretrained = load_pretrained(source, weights, **overrides)
     content: dict[str, Any]
-    metadata = {"format": "pt"}  # which safetensors' readers expect
+    metadata = {"format": "pt"}  # safetensors' readers expect it
     if layout == "ours":
         config = {
             "model_name": pretrained.name,

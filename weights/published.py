@@ -1,6 +1,6 @@
-"""Weights that their authors publish: where they are, and how they are fetched.
+"""Download weights that their authors publish.
 
-A download is complete and checked under its name, or absent.
+A file appears under its name only when it is complete and checked.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from weights.layouts import export_state_dict
 class Published(NamedTuple):
     """Weights that their authors offer.
 
-    They publish no digests, so none is pinned: a download is known by its tensors' names and shapes, and its digest is
-    printed, to be compared with what others got. A digest given here is checked before the file gets its name.
+    They publish no digests, so none is pinned: a download is checked by its tensors' names and shapes, and its digest
+    is printed, to compare with others. A digest given here is checked before the file gets its name.
     """
 
     file: str
@@ -64,7 +64,7 @@ CHUNK = 1 << 20  # bytes
 
 
 def published_name(name: str) -> str:
-    """The key of PUBLISHED that a name or a file's name means (FileNotFoundError if none)."""
+    """The key of PUBLISHED for a model name in any spelling, or a file's name (FileNotFoundError if none)."""
     names = {published.file: known for known, published in PUBLISHED.items()}
     with contextlib.suppress(ValueError):
         names[name] = names.get(name) or canonical_name(name)
@@ -86,7 +86,7 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
 
     Raises:
         FileNotFoundError: if there are no published weights of this name.
-        ValueError:        if the file is not what it should be.
+        ValueError:        if the file is not the published one.
         ConnectionError:   if it cannot be fetched.
     """
     name = published_name(name)
@@ -115,7 +115,7 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
 def _cache_folder(cache_dir: str | Path | None) -> Path:
     try:
         return Path(cache_dir or os.environ.get("PPFLOW_CACHE") or "~/.cache/ppflow").expanduser()
-    except RuntimeError as error:  # nobody's process, in a container
+    except RuntimeError as error:  # a user without an entry in passwd, in a container
         raise OSError("this user has no home folder for downloads: set PPFLOW_CACHE to a folder") from error
 
 
@@ -165,7 +165,7 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch(name: str, part: Path) -> None:
-    """Download into `part`, going on from what it holds, for as long as every attempt brings something."""
+    """Download into `part`, continuing from its end, until it is complete or an attempt brings nothing."""
     url = PUBLISHED[name].url
 
     def failed(reason: object) -> ConnectionError:
@@ -187,7 +187,7 @@ def _fetch(name: str, part: Path) -> None:
                 raise failed(f"HTTP {error.code} {error.reason}") from error
             total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
             if total and int(total[1]) == have:
-                return  # it was complete
+                return  # it was complete already
             part.unlink()  # of another file
             if not (total and int(total[1]) < have):
                 raise failed("it does not continue the part of an earlier attempt, which is deleted") from error
@@ -202,7 +202,7 @@ def _fetch(name: str, part: Path) -> None:
 
 
 def _append(reply: http.client.HTTPResponse, part: Path, have: int, name: str) -> int:
-    """Write what a reply brings; returns how long the whole file is. A connection that breaks off just ends it."""
+    """Append a reply's bytes, until it ends or the connection breaks; returns the length of the whole file."""
     if reply.headers.get_content_type() == "text/html":
         raise OSError("the address answers with a web page, not with the file")
     if reply.status == http.client.PARTIAL_CONTENT:
