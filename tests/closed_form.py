@@ -44,7 +44,7 @@ def numbers(path: str, t: float) -> tuple[float, ...]:
 
 
 def default_interval(path: str, prediction: str) -> tuple[float, float]:
-    """Start and end of sampling by default: SiT's `check_interval` (github.com/willisma/SiT, transport/transport.py)."""
+    """Start and end of sampling by default: SiT's `check_interval` (github.com/willisma/SiT)."""
     if path == "VP":
         return 0.0, 1 - 1e-3
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)

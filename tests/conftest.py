@@ -21,8 +21,24 @@ os.environ.update(ENVIRONMENT)
 
 import train  # noqa: E402
 
-TINY = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", "32", "--lr", "1e-3",
-        "--num-workers", "0", "--cfg-scales", "1.5", "--ema-decay", "0.9", "--sample-every", "1000"]  # fmt: skip
+TINY = [
+    "--data-path",
+    "digits",
+    "--model",
+    "PPF-T-2",
+    "--global-batch-size",
+    "32",
+    "--lr",
+    "1e-3",
+    "--num-workers",
+    "0",
+    "--cfg-scales",
+    "1.5",
+    "--ema-decay",
+    "0.9",
+    "--sample-every",
+    "1000",
+]
 
 
 def pytest_configure() -> None:

@@ -31,9 +31,14 @@ KILLS = int(os.environ.get("CHAOS_KILLS", 5))
 KILLS_PER_RUN = 5
 DEVICES = os.environ.get("CHAOS_DEVICES", "")
 STEPS = 30
-FLAGS = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", "32", "--max-steps", STEPS,
-         "--lr", "1e-3", "--warmup-steps", "4", "--ema-decay", "0.9", "--ckpt-every", "2", "--keep-last", "4",
-         "--log-every", "1", "--sample-every", "0", *(["--deterministic"] if DEVICES else [])]  # fmt: skip
+FLAGS = [
+    *(
+        f"--data-path digits --model PPF-T-2 --global-batch-size 32 --max-steps {STEPS} "
+        "--lr 1e-3 --warmup-steps 4 --ema-decay 0.9 --ckpt-every 2 --keep-last 4 "
+        "--log-every 1 --sample-every 0"
+    ).split(),
+    *(["--deterministic"] if DEVICES else []),
+]
 PATIENCE = 120  # seconds, for anything
 
 two_processes = pytest.mark.skipif(DEVICES.count(",") == 0 and DEVICES != "", reason="two processes want two GPUs")

@@ -35,9 +35,13 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
     AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    ).save_pretrained(folder)  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -84,30 +88,41 @@ def latent_run(imagenet: str, vae: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("name", ["PPF-T-2", "PPF-T-3"])
 def test_sample_with_published_weights(name: str, published: dict[str, str], vae: str, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
-    sample.main(["ODE", "--image-size", "64", "--seed", "1", "--ckpt", published[name], "--vae", vae, "--out", str(out),
-                 "--num-sampling-steps", "4"])  # fmt: skip
+    sample.main(
+        f"ODE --image-size 64 --seed 1 --ckpt {published[name]} --vae {vae} --out {out} --num-sampling-steps 4".split()
+    )
     assert Image.open(out).size == (3 * 66 + 2, 3 * 66 + 2)  # DiT's eight classes
 
 
 def test_sample_by_model_name_and_own_checkpoint(latent_run: Path, tmp_path: Path) -> None:
     ckpt = latent_run / "checkpoints" / "0000002.pt"
     out = tmp_path / "a.png"
-    sample.main(["ODE", "--model", "PPFlow_T_2", "--image-size", "64", "--ckpt", str(ckpt), "--num-sampling-steps", "2",
-                 "--out", str(out)])  # fmt: skip
+    sample.main(f"ODE --model PPFlow_T_2 --image-size 64 --ckpt {ckpt} --num-sampling-steps 2 --out {out}".split())
     assert Image.open(out).mode == "RGB"
 
 
 def test_train_on_several_processes_with_wandb(imagenet: str, vae: str, tmp_path: Path) -> None:
-    done = start_script("train.py", "--model", "PPF_T_2", "--data-path", imagenet, "--wandb", "--vae", vae,
-                        "--run-dir", tmp_path / "run", *SMALL_TRAINING, processes=2)  # fmt: skip
+    done = start_script(
+        "train.py",
+        *f"--model PPF_T_2 --data-path {imagenet} --wandb --vae {vae} --run-dir {tmp_path / 'run'}".split(),
+        *SMALL_TRAINING,
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert (tmp_path / "run" / "samples" / "0000002.png").exists()
 
 
 def test_train_from_a_pretrained_sit(imagenet: str, vae: str, published: dict[str, str], tmp_path: Path) -> None:
-    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--initialize_from", published["SiT-T/2"], "--vae", vae,
-                 "--num-classes", "1000", "--lr", "1e-30", "--run-dir", str(tmp_path), *SMALL_TRAINING])  # fmt: skip
+    train.train(
+        [
+            *(
+                f"--model PPF_T_2 --data-path {imagenet} --initialize_from {published['SiT-T/2']} "
+                f"--vae {vae} --num-classes 1000 --lr 1e-30 --run-dir {tmp_path}"
+            ).split(),
+            *SMALL_TRAINING,
+        ]
+    )
     trained = load_pretrained(tmp_path).model  # the learning rate has left it where it started
     sit = load_pretrained(published["SiT-T/2"]).model
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.6, 0.9]), torch.tensor([3, 1000])
@@ -118,8 +133,13 @@ def test_resuming_does_not_read_the_initial_weights_again(
     imagenet: str, vae: str, published: dict[str, str], tmp_path: Path
 ) -> None:
     first = shutil.copy(published["SiT-T/2"], tmp_path / "SiT-XL-2-256.pt")
-    command = ["--model", "PPF_T_2", "--data-path", imagenet, "--initialize_from", str(first), "--vae", vae,
-               "--num-classes", "1000", "--run-dir", str(tmp_path / "run"), *SMALL_TRAINING]  # fmt: skip
+    command = [
+        *(
+            f"--model PPF_T_2 --data-path {imagenet} --initialize_from {first} --vae {vae} "
+            f"--num-classes 1000 --run-dir {tmp_path / 'run'}"
+        ).split(),
+        *SMALL_TRAINING,
+    ]
     train.train(command)
     Path(first).unlink()
     train.train([*command, "--max-steps", "3"])
@@ -128,15 +148,19 @@ def test_resuming_does_not_read_the_initial_weights_again(
 
 def test_resume_from_a_checkpoint(imagenet: str, latent_run: Path, tmp_path: Path) -> None:
     ckpt = latent_run / "checkpoints" / "0000002.pt"
-    train.train(["--model", "PPF_T_2", "--data-path", imagenet, "--ckpt", str(ckpt),
-                 "--run-dir", str(tmp_path), "--max-steps", "3"])  # fmt: skip
+    train.train(f"--model PPF_T_2 --data-path {imagenet} --ckpt {ckpt} --run-dir {tmp_path} --max-steps 3".split())
     assert (tmp_path / "checkpoints" / "0000003.pt").exists()
 
 
 def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path: Path) -> None:
-    done = start_script("sample_ddp.py", "ODE", "--model", "PPF_T_2", "--num-fid-samples", 6,
-                        "--ckpt", published["PPF-T-2"], "--vae", vae, "--num-sampling-steps", 2,
-                        "--sample-dir", tmp_path, processes=2)  # fmt: skip
+    done = start_script(
+        "sample_ddp.py",
+        *(
+            f"ODE --model PPF_T_2 --num-fid-samples 6 --ckpt {published['PPF-T-2']} --vae {vae} "
+            f"--num-sampling-steps 2 --sample-dir {tmp_path}"
+        ).split(),
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("*.npz")
     assert np.load(file)["arr_0"].shape == (6, 64, 64, 3)
@@ -192,17 +216,27 @@ def test_sampler_flags(flags: list[str], published: dict[str, str], vae: str, tm
 
 
 def test_sit_sample(published: dict[str, str], vae: str, tmp_path: Path) -> None:
-    for flags in (["ODE", "--sampling-method", "dopri5", "--atol", "1e-3", "--rtol", "1e-2"],
-                  ["SDE", "--num-sampling-steps", "4"]):  # fmt: skip
+    for flags in (
+        ["ODE", "--sampling-method", "dopri5", "--atol", "1e-3", "--rtol", "1e-2"],
+        ["SDE", "--num-sampling-steps", "4"],
+    ):
         out = tmp_path / f"{flags[0]}.png"
-        sample.main([*flags, "--model", "SiT-T/2", "--image-size", "64", "--ckpt", published["SiT-T/2"], "--vae", vae,
-                     "--out", str(out)])  # fmt: skip
+        sample.main(
+            [*flags, *f"--model SiT-T/2 --image-size 64 --ckpt {published['SiT-T/2']} --vae {vae} --out {out}".split()]
+        )
         assert out.exists()
 
 
 def test_sit_train_with_noise_prediction(imagenet: str, vae: str, tmp_path: Path) -> None:
-    train.train(["--model", "SiT-T/2", "--data-path", imagenet, "--path-type", "Linear", "--prediction", "noise",
-                 "--vae", vae, "--run-dir", str(tmp_path), *SMALL_TRAINING])  # fmt: skip
+    train.train(
+        [
+            *(
+                f"--model SiT-T/2 --data-path {imagenet} --path-type Linear --prediction noise "
+                f"--vae {vae} --run-dir {tmp_path}"
+            ).split(),
+            *SMALL_TRAINING,
+        ]
+    )
     assert load_pretrained(tmp_path).transport["prediction"] == "noise"
 
 
@@ -279,8 +313,12 @@ def test_a_run_that_began_with_such_an_interval_goes_on(tmp_path: Path) -> None:
 
 
 def test_sit_likelihood_of_samples(published: dict[str, str], vae: str, tmp_path: Path) -> None:
-    sample_ddp.main(["ODE", "--model", "SiT-T/2", "--likelihood", "--ckpt", published["SiT-T/2"], "--vae", vae,
-                     "--num-fid-samples", "3", "--num-sampling-steps", "2", "--sample-dir", str(tmp_path)])  # fmt: skip
+    sample_ddp.main(
+        (
+            f"ODE --model SiT-T/2 --likelihood --ckpt {published['SiT-T/2']} --vae {vae} "
+            f"--num-fid-samples 3 --num-sampling-steps 2 --sample-dir {tmp_path}"
+        ).split()
+    )
     (file,) = tmp_path.glob("*-likelihood.npz")
     values = np.load(file)
     assert values["nats"].shape == (3,)
@@ -324,11 +362,15 @@ def test_latents_of_another_program_train_and_sample(vae: str, tmp_path: Path, r
     latents = 3 + 5 * torch.randn(6, 4, 8, 8, generator=generator)
     mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
     (tmp_path / "latents").mkdir()
-    save_file({"latents": latents, "latents_flip": latents.flip(-1).contiguous(), "labels": torch.arange(6) % 2},
-              tmp_path / "latents" / "latents_rank00_shard000.safetensors")  # fmt: skip
+    save_file(
+        {"latents": latents, "latents_flip": latents.flip(-1).contiguous(), "labels": torch.arange(6) % 2},
+        tmp_path / "latents" / "latents_rank00_shard000.safetensors",
+    )
     torch.save({"mean": mean, "std": std}, tmp_path / "latents" / "latents_stats.pt")
-    command = ["--model", "PPF-T-2", "--data-path", str(tmp_path / "latents"), "--run-dir", str(tmp_path / "run"),
-               *SMALL_TRAINING[2:]]  # fmt: skip
+    command = [
+        *f"--model PPF-T-2 --data-path {tmp_path / 'latents'} --run-dir {tmp_path / 'run'}".split(),
+        *SMALL_TRAINING[2:],
+    ]
     assert "--vae" in refuses(train.train, *command)
     train.train([*command, "--vae", vae])
     scaling = load_pretrained(tmp_path / "run").scaling
@@ -342,10 +384,10 @@ def test_latents_of_another_program_train_and_sample(vae: str, tmp_path: Path, r
 def test_extracted_latents_train_and_are_decoded_by_their_autoencoder(imagenet: str, vae: str, tmp_path: Path) -> None:
     from extract_latents import extract
 
-    extract(["--data-path", imagenet, "--vae", vae, "--image-size", "64", "--out", str(tmp_path / "latents"),
-             "--num-workers", "0"])  # fmt: skip
-    train.train(["--model", "SiT-T/2", "--data-path", str(tmp_path / "latents"), "--run-dir", str(tmp_path / "run"),
-                 *SMALL_TRAINING])  # fmt: skip
+    extract(f"--data-path {imagenet} --vae {vae} --image-size 64 --out {tmp_path / 'latents'} --num-workers 0".split())
+    train.train(
+        [*f"--model SiT-T/2 --data-path {tmp_path / 'latents'} --run-dir {tmp_path / 'run'}".split(), *SMALL_TRAINING]
+    )
     pretrained = load_pretrained(tmp_path / "run")
     assert pretrained.vae == vae
     assert pretrained.model.input_size == (8, 8)
@@ -355,6 +397,10 @@ def test_extracted_latents_train_and_are_decoded_by_their_autoencoder(imagenet: 
 def test_likelihood_and_reverse_of_encoded_images(imagenet: str, latent_run: Path, tmp_path: Path) -> None:
     for question in ("--likelihood", "--reverse"):
         out = str(tmp_path / "out.png")
-        sample.main(["ODE", "--ckpt", str(latent_run), question, "--data-path", imagenet, "--num-images", "3",
-                     "--sampling-method", "euler", "--num-sampling-steps", "4", "--out", out])  # fmt: skip
+        sample.main(
+            (
+                f"ODE --ckpt {latent_run} {question} --data-path {imagenet} --num-images 3 "
+                f"--sampling-method euler --num-sampling-steps 4 --out {out}"
+            ).split()
+        )
         assert (tmp_path / "out.png").stat().st_size > 0

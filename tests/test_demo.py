@@ -51,9 +51,15 @@ def digits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Guided samples of the demo's network at the demo's scale, (N, 64) in grey levels, and the labels asked for."""
     folder = tmp_path_factory.mktemp("samples")
-    sample_ddp(["ODE", "--ckpt", str(demo[0]), "--cfg-scales", "1.5", "--num-fid-samples", str(SAMPLES),
-                "--label-sampling", "balanced", "--per-proc-batch-size", "250", "--sample-dir", str(folder),
-                *request.param])  # fmt: skip
+    sample_ddp(
+        [
+            *(
+                f"ODE --ckpt {demo[0]} --cfg-scales 1.5 --num-fid-samples {SAMPLES} "
+                f"--label-sampling balanced --per-proc-batch-size 250 --sample-dir {folder}"
+            ).split(),
+            *request.param,
+        ]
+    )
     (file,) = folder.glob("*.npz")
     images = np.load(file)["arr_0"][..., 0].reshape(SAMPLES, 64) * (GREY_LEVELS / 255)
     return images, np.arange(SAMPLES) % 10
@@ -61,8 +67,16 @@ def digits(
 
 def test_demo_leaves_a_whole_run(demo: tuple[Path, str]) -> None:
     run, _ = demo
-    for name in ("config.json", "log.txt", "metrics.jsonl", "loss.png", "samples.png", "samples/0000400.png",
-                 "samples/0001400.png", "checkpoints/0001400.pt"):  # fmt: skip
+    for name in (
+        "config.json",
+        "log.txt",
+        "metrics.jsonl",
+        "loss.png",
+        "samples.png",
+        "samples/0000400.png",
+        "samples/0001400.png",
+        "checkpoints/0001400.pt",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert Image.open(run / "samples.png").size == (10 * 66 + 2, 10 * 66 + 2)
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

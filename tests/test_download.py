@@ -38,13 +38,17 @@ def test_a_truncated_file_is_refused(suffix, kept, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"encoder.weight": torch.zeros(2)}, r"has no known layout .*begins with encoder\.weight"),
-    ({}, "has no known layout .*begins with nothing"),
-    ({"epoch": 3}, "epoch is a int, not a tensor"),
-    ([torch.zeros(2)], "holds a list, not a dict"),
-    ({"x_embedder.0.weight": torch.zeros(2, 2)}, "holds our weights without their config"),
-], ids=["unknown", "empty", "no tensors", "no dict", "no config"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"encoder.weight": torch.zeros(2)}, r"has no known layout .*begins with encoder\.weight"),
+        ({}, "has no known layout .*begins with nothing"),
+        ({"epoch": 3}, "epoch is a int, not a tensor"),
+        ([torch.zeros(2)], "holds a list, not a dict"),
+        ({"x_embedder.0.weight": torch.zeros(2, 2)}, "holds our weights without their config"),
+    ],
+    ids=["unknown", "empty", "no tensors", "no dict", "no config"],
+)
 def test_other_files_are_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_pretrained(saved(content, tmp_path / "a.pt"))
@@ -265,11 +269,14 @@ def test_a_file_shorter_than_announced_is_not_kept_as_complete(server, tmp_path)
     assert cached(tmp_path) == []
 
 
-@pytest.mark.parametrize(("answer", "message"), [
-    ((404, "text/plain"), "HTTP 404 Not Found"),
-    ((200, "text/html; charset=utf-8"), "the address answers with a web page, not with the file"),
-    ((206, "text/plain"), "the server does not say which part of how long a file it sends"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, "text/plain"), "HTTP 404 Not Found"),
+        ((200, "text/html; charset=utf-8"), "the address answers with a web page, not with the file"),
+        ((206, "text/plain"), "the server does not say which part of how long a file it sends"),
+    ],
+)
 def test_other_answers_are_told(server, answer, message, tmp_path):
     server.answer = answer
     with pytest.raises(ConnectionError, match=f"cannot fetch PPF-T-2 from {server.url}: {message}"):
@@ -298,13 +305,23 @@ def with_tensor(name: str, change) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (lambda file: file[:-1000], "is it truncated"),
-    (damaged, "/data/.* is damaged"),
-    (lambda _: with_tensor("blocks.3.mlp.fc1.bias", lambda x: x[:-1]), r"blocks\.3\.mlp\.fc1\.bias is \(511,\), not"),
-    (lambda _: with_tensor("y_embedder.embedding_table.weight", lambda x: x[:-1]), "y_embedder.embedding_table.weight"),
-    (lambda _: b"not found", "cannot read"),
-], ids=["truncated", "damaged", "shape", "classes", "text"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda file: file[:-1000], "is it truncated"),
+        (damaged, "/data/.* is damaged"),
+        (
+            lambda _: with_tensor("blocks.3.mlp.fc1.bias", lambda x: x[:-1]),
+            r"blocks\.3\.mlp\.fc1\.bias is \(511,\), not",
+        ),
+        (
+            lambda _: with_tensor("y_embedder.embedding_table.weight", lambda x: x[:-1]),
+            "y_embedder.embedding_table.weight",
+        ),
+        (lambda _: b"not found", "cannot read"),
+    ],
+    ids=["truncated", "damaged", "shape", "classes", "text"],
+)
 def test_a_file_that_is_not_the_model_never_gets_its_name(server, published_file, content, message, tmp_path):
     server.content = content(published_file)
     with pytest.raises(ValueError, match=rf"{server.url} did not give the weights of PPF-T-2: .*{message}"):

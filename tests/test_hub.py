@@ -56,8 +56,15 @@ def test_the_model_card(tmp_path):
     model = tiny(2)
     model.save_pretrained(tmp_path / "a", model_card_kwargs={"repo_id": "someone/model"})
     card = (tmp_path / "a" / "README.md").read_text()
-    for text in ("license: mit", "library_name: ppflow", "- arxiv:2506.23543", "- arxiv:2401.08740", "# someone/model",
-                 "arxiv.org/abs/2506.23543", "Patches 4x4, 2x2 (coarsest first) on 4x16x16 inputs"):  # fmt: skip
+    for text in (
+        "license: mit",
+        "library_name: ppflow",
+        "- arxiv:2506.23543",
+        "- arxiv:2401.08740",
+        "# someone/model",
+        "arxiv.org/abs/2506.23543",
+        "Patches 4x4, 2x2 (coarsest first) on 4x16x16 inputs",
+    ):
         assert text in card
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     names = {}

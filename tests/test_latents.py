@@ -20,7 +20,7 @@ from benchmarks import data as benchmark
 from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from data.datasets import open_dataset
 from data.latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
-from data.order import StepSampler, TrainingStream, training_loader
+from data.order import StepSampler, TrainingStream, identity_collate, training_loader
 from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
@@ -196,8 +196,13 @@ def test_spawned_workers_are_sent_no_data(tmp_path, space):
     assert sizes[200] < 2000 < 200 * 4 * 3 * 5 * 4
     batches = {}
     for method in ("fork", "spawn"):
-        loader = DataLoader(TrainingStream(dataset, 0), batch_sampler=[range(6), range(300, 306)], num_workers=1,
-                            collate_fn=identity_collate, multiprocessing_context=method)  # fmt: skip
+        loader = DataLoader(
+            TrainingStream(dataset, 0),
+            batch_sampler=[range(6), range(300, 306)],
+            num_workers=1,
+            collate_fn=identity_collate,
+            multiprocessing_context=method,
+        )
         batches[method] = torch.cat([latents for latents, _ in loader])
     assert torch.equal(batches["fork"], batches["spawn"])
 
@@ -502,12 +507,14 @@ HEADERS = {
     "metadata of another kind": lambda header: {**header, "__metadata__": 3},
     "an endless number": lambda header: {**header, "labels": {**header["labels"], "shape": [float("inf")]}},
     "a place before the beginning": lambda header: {
-        **header, "latents": {**header["latents"], "data_offsets": [-720, 0]}
+        **header,
+        "latents": {**header["latents"], "data_offsets": [-720, 0]},
     },
     "places that overlap": lambda header: {
-        **header, "latents": {**header["latents"], "data_offsets": header["labels"]["data_offsets"]}
+        **header,
+        "latents": {**header["latents"], "data_offsets": header["labels"]["data_offsets"]},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", HEADERS)

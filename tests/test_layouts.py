@@ -42,10 +42,16 @@ def test_published_files_compute_the_published_outputs(levels, channels, out, su
     torch.save(weights, path) if suffix == ".pt" else save_file(weights, path)
     pretrained = load_pretrained(path, num_heads=HEADS)
     assert pretrained.model.config == {
-        "input_size": [16, 16], "patch_sizes": [list(size) for size in PATCHES[levels]], "in_channels": channels,
-        "hidden_size": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 4.0, "num_classes": CLASSES,
+        "input_size": [16, 16],
+        "patch_sizes": [list(size) for size in PATCHES[levels]],
+        "in_channels": channels,
+        "hidden_size": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 4.0,
+        "num_classes": CLASSES,
         "learn_sigma": out == 2 * channels,
-    }  # fmt: skip
+    }
     assert not pretrained.model.training
     assert PatchSchedule(pretrained.transport["level_edges"]) == PatchSchedule.default(levels)
     assert (pretrained.vae, pretrained.step) == ("stabilityai/sd-vae-ft-ema" if channels == 4 else "none", 0)
@@ -67,15 +73,30 @@ def test_a_training_checkpoint_of_ppflow(tmp_path):
     """{"model", "ema", "opt", "args"} with args an argparse.Namespace."""
     last, ema = published_weights(2), published_weights(2)
     last["t_embedder.mlp.0.bias"] = last["t_embedder.mlp.0.bias"] + 1
-    args = argparse.Namespace(model="PPFlow_XL_2", vae="mse", path_type="GVP", prediction="noise", loss_weight=None,
-                              train_eps=None, sample_eps=1e-3, data_path="/data", cfg_scales=[4.0])  # fmt: skip
+    args = argparse.Namespace(
+        model="PPFlow_XL_2",
+        vae="mse",
+        path_type="GVP",
+        prediction="noise",
+        loss_weight=None,
+        train_eps=None,
+        sample_eps=1e-3,
+        data_path="/data",
+        cfg_scales=[4.0],
+    )
     optimizer = {"state": {0: {"step": torch.tensor(70.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
     path = saved({"model": last, "ema": ema, "opt": optimizer, "args": args}, tmp_path / "0000070.pt")
     pretrained = load_pretrained(path, num_heads=HEADS)
     check_levels(pretrained.model, ema)
     check_levels(load_pretrained(path, weights="model", num_heads=HEADS).model, last)
-    assert pretrained.transport == {"path_type": "GVP", "prediction": "noise", "loss_weight": None, "train_eps": None,
-                                    "sample_eps": 1e-3, "level_edges": [0.5]}  # fmt: skip
+    assert pretrained.transport == {
+        "path_type": "GVP",
+        "prediction": "noise",
+        "loss_weight": None,
+        "train_eps": None,
+        "sample_eps": 1e-3,
+        "level_edges": [0.5],
+    }
     assert (pretrained.vae, pretrained.step) == ("stabilityai/sd-vae-ft-mse", 70)
     assert load_pretrained(saved({"ema": ema, "opt": None}, tmp_path / "lean.pt"), num_heads=HEADS).step == 0
     with pytest.raises(ValueError, match="no weights 'model', only 'ema'"):
@@ -110,8 +131,10 @@ def test_the_input_size_can_be_overridden(tmp_path):
     check_levels(load_pretrained(path, num_heads=HEADS, input_size=16).model, weights)
     for size, tokens in (((8, 32), (4, 16)), ((24, 8), (12, 4))):  # as many tokens as the file has, and fewer
         rows, columns = map(np.arange, tokens)
-        positions = {"pos_embed.0": mae_positions(WIDTH, rows[::2], columns[::2]),
-                     "pos_embed.1": mae_positions(WIDTH, rows, columns)}  # fmt: skip
+        positions = {
+            "pos_embed.0": mae_positions(WIDTH, rows[::2], columns[::2]),
+            "pos_embed.1": mae_positions(WIDTH, rows, columns),
+        }
         model = load_pretrained(path, num_heads=HEADS, input_size=size).model
         assert model.input_size == size
         check_levels(model, {**weights, **positions})
@@ -232,8 +255,14 @@ def test_levels_that_ppflow_has_not_are_refused(tmp_path):
 def test_there_and_back_is_exact(levels, suffix, tmp_path):
     """Ours to the other layout to ours, through files; and what the other layout has no place for stays in ours."""
     model = tiny(levels, learn_sigma=levels != 2)
-    transport = {"path_type": "VP", "prediction": "noise", "loss_weight": "velocity", "train_eps": 1e-4,
-                 "sample_eps": 1e-3, "level_edges": [0.3, 0.6][: levels - 1]}  # fmt: skip
+    transport = {
+        "path_type": "VP",
+        "prediction": "noise",
+        "loss_weight": "velocity",
+        "train_eps": 1e-4,
+        "sample_eps": 1e-3,
+        "level_edges": [0.3, 0.6][: levels - 1],
+    }
     config = {"model_name": "x", "model": model.config, "transport": transport, "vae": "some/vae"}
     ours = saved({"ema": model.state_dict(), "model": {}, "opt": {}, "config": config, "step": 7}, tmp_path / "7.pt")
     light, other, back = (tmp_path / f"{name}{suffix}" for name in ("light", "other", "back"))
@@ -249,13 +278,16 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["7.pt", light.name, other.name, back.name])
 
 
-@pytest.mark.parametrize(("fields", "layout"), [
-    ({"patch_sizes": (4, 2)}, "sit"),
-    ({"patch_sizes": (2,)}, "ppflow"),
-    ({"patch_sizes": ((8, 8), (2, 2))}, "ppflow"),
-    ({"patch_sizes": ((4, 4), (4, 2), (2, 2))}, "ppflow"),
-    ({"patch_sizes": (8, 4, 2, 1)}, "ppflow"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "layout"),
+    [
+        ({"patch_sizes": (4, 2)}, "sit"),
+        ({"patch_sizes": (2,)}, "ppflow"),
+        ({"patch_sizes": ((8, 8), (2, 2))}, "ppflow"),
+        ({"patch_sizes": ((4, 4), (4, 2), (2, 2))}, "ppflow"),
+        ({"patch_sizes": (8, 4, 2, 1)}, "ppflow"),
+    ],
+)
 def test_a_model_that_a_repository_does_not_have_is_not_exported_to_it(fields, layout):
     with pytest.raises(ValueError, match=f"the {layout} layout has no model with"):
         export_state_dict(tiny(2, **fields), layout)
@@ -373,15 +405,18 @@ def test_sigma_is_dropped_or_added(there):
             assert not head.bias.reshape(p, q, 2, 4)[:, :, 1].any()
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"hidden_size": 128}, "hidden_size is 128 there, 64 here"),
-    ({"depth": 3}, "depth is 3 there, 2 here"),
-    ({"num_classes": 4}, "num_classes is 4 there, 5 here"),
-    ({"in_channels": 3}, "in_channels is 3 there, 4 here"),
-    ({"num_heads": 2}, "num_heads is 2 there, 4 here"),
-    ({"mlp_ratio": 2.0}, "width of the MLP is 128 there, 256 here"),
-    ({"patch_sizes": (8, 4)}, r"none of their patches \(8x8, 4x4\) divides 2x4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 128}, "hidden_size is 128 there, 64 here"),
+        ({"depth": 3}, "depth is 3 there, 2 here"),
+        ({"num_classes": 4}, "num_classes is 4 there, 5 here"),
+        ({"in_channels": 3}, "in_channels is 3 there, 4 here"),
+        ({"num_heads": 2}, "num_heads is 2 there, 4 here"),
+        ({"mlp_ratio": 2.0}, "width of the MLP is 128 there, 256 here"),
+        ({"patch_sizes": (8, 4)}, r"none of their patches \(8x8, 4x4\) divides 2x4"),
+    ],
+)
 def test_a_start_from_another_model_is_refused(fields, message):
     model = tiny(3)
     before = copy.deepcopy(model.state_dict())

@@ -245,8 +245,10 @@ def test_initial_weights_have_the_published_scales():
     torch.manual_seed(0)
     model = PyramidalPatchDiT(input_size=8, patch_sizes=(4, 2), hidden_size=256, depth=1, num_heads=4)
     block = model.blocks[0]
-    xavier = {linear: (2 / sum(linear.weight.shape)) ** 0.5 for linear in (
-        *model.x_embedder, block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)}  # fmt: skip
+    xavier = {
+        linear: (2 / sum(linear.weight.shape)) ** 0.5
+        for linear in (*model.x_embedder, block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    }
     normal = dict.fromkeys((model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]), 0.02)
     for module, std in {**xavier, **normal}.items():
         assert module.weight.std().item() == pytest.approx(std, rel=0.05)
@@ -408,10 +410,17 @@ def test_every_registered_name_builds():
 
 
 SPELLINGS = [
-    ("PPFlow_XL_2", "PPF-XL-2"), ("ppflow-xl-2", "PPF-XL-2"), ("PPFXL2", "PPF-XL-2"), ("ppf_b-3", "PPF-B-3"),
-    ("PPFlow/S/3", "PPF-S-3"), ("PPFlowT2", "PPF-T-2"), ("sit-xl-2", "SiT-XL/2"), ("SiT_L_8", "SiT-L/8"),
-    ("SIT-T/2", "SiT-T/2"), ("sitb4", "SiT-B/4"),
-]  # fmt: skip
+    ("PPFlow_XL_2", "PPF-XL-2"),
+    ("ppflow-xl-2", "PPF-XL-2"),
+    ("PPFXL2", "PPF-XL-2"),
+    ("ppf_b-3", "PPF-B-3"),
+    ("PPFlow/S/3", "PPF-S-3"),
+    ("PPFlowT2", "PPF-T-2"),
+    ("sit-xl-2", "SiT-XL/2"),
+    ("SiT_L_8", "SiT-L/8"),
+    ("SIT-T/2", "SiT-T/2"),
+    ("sitb4", "SiT-B/4"),
+]
 
 
 @pytest.mark.parametrize(("name", "canonical"), SPELLINGS)
@@ -434,9 +443,16 @@ def test_an_unknown_name_is_answered_with_the_choices(name):
 
 def test_any_field_of_a_registered_model_can_be_overridden():
     overrides = {
-        "input_size": (8, 16), "patch_sizes": ((4, 8), (2, 2)), "in_channels": 1, "hidden_size": 48, "depth": 3,
-        "num_heads": 3, "mlp_ratio": 2.0, "num_classes": 7, "learn_sigma": False,
-    }  # fmt: skip
+        "input_size": (8, 16),
+        "patch_sizes": ((4, 8), (2, 2)),
+        "in_channels": 1,
+        "hidden_size": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "num_classes": 7,
+        "learn_sigma": False,
+    }
     model = create_model("PPF-T-2", **overrides)
     out = model(torch.zeros(2, 1, 8, 16), torch.zeros(2), torch.tensor([0, 7]), level=1)
     assert out.shape == (2, 1, 8, 16)

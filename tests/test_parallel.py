@@ -24,9 +24,30 @@ from transport import create_transport
 
 # Each process has six of a step's twelve samples, in two passes. One or two of the twelve belong to level 1, as times
 # are stratified: half of the passes have none of it, or more.
-FLAGS = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", 12, "--gradient-accumulation-steps", 2,
-         "--level-edges", 0.9, "--max-grad-norm", 0.5, "--lr", 1e-3, "--ema-decay", 0.9, "--num-workers", 0,
-         "--cfg-scales", 1, "--log-every", 1]  # fmt: skip
+FLAGS = [
+    "--data-path",
+    "digits",
+    "--model",
+    "PPF-T-2",
+    "--global-batch-size",
+    12,
+    "--gradient-accumulation-steps",
+    2,
+    "--level-edges",
+    0.9,
+    "--max-grad-norm",
+    0.5,
+    "--lr",
+    1e-3,
+    "--ema-decay",
+    0.9,
+    "--num-workers",
+    0,
+    "--cfg-scales",
+    1,
+    "--log-every",
+    1,
+]
 STEPS = ["--max-steps", 6, "--ckpt-every", 3]
 
 
@@ -112,8 +133,12 @@ def test_sharded_checkpoint_is_continued_by_one_process(sharded_run: Path, ddp_r
 
 
 def test_sharded_run_that_diverges_ends_on_all_processes(sharded_run: Path, tmp_path: Path) -> None:
-    done = start_script("train.py", *FLAGS, "--shard", "--lr", 1e25, "--max-steps", 6, "--sample-every", 0,
-                        "--run-dir", tmp_path, processes=2)  # fmt: skip
+    done = start_script(
+        "train.py",
+        *FLAGS,
+        *f"--shard --lr 1e25 --max-steps 6 --sample-every 0 --run-dir {tmp_path}".split(),
+        processes=2,
+    )
     assert "error: the loss is not finite at step 2 for 12 sample(s)" in done.stderr
     assert "exitcode  : 2" in done.stderr
 

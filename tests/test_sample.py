@@ -37,9 +37,12 @@ def pixels(path: Path) -> np.ndarray:
 def noise_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with another path and prediction, and a single level."""
     run_dir = tmp_path_factory.mktemp("runs") / "vp"
-    train(["--data-path", "digits", "--model", "SiT-T/2", "--path-type", "VP", "--prediction", "noise",
-           "--max-steps", "2", "--global-batch-size", "16", "--num-workers", "0",
-           "--run-dir", str(run_dir)])  # fmt: skip
+    train(
+        (
+            "--data-path digits --model SiT-T/2 --path-type VP --prediction noise --max-steps 2 "
+            f"--global-batch-size 16 --num-workers 0 --run-dir {run_dir}"
+        ).split()
+    )
     return run_dir
 
 
@@ -48,8 +51,12 @@ def noise_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_grid_has_a_row_for_each_class_and_a_report(tiny_run: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "grid.png"
-    main(["ODE", "--ckpt", str(tiny_run), "--class-labels", "3", "1", "4", "--samples-per-class", "5",
-          "--num-sampling-steps", "10", "--cfg-scales", "2", "--out", str(out)])  # fmt: skip
+    main(
+        (
+            f"ODE --ckpt {tiny_run} --class-labels 3 1 4 --samples-per-class 5 "
+            f"--num-sampling-steps 10 --cfg-scales 2 --out {out}"
+        ).split()
+    )
     assert Image.open(out).size == (5 * 66 + 2, 3 * 66 + 2)
     nfe, _ = cost(capsys.readouterr().out, "pyramid")
     assert nfe == 20  # ten steps, each on the label and on the null label
@@ -60,8 +67,12 @@ def test_cost_counts_evaluations_and_macs_of_each_level(tiny_run: Path, tmp_path
 
     with torch.device("meta"):
         model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10)
-    main(["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "3", "5", "--sampling-method", "euler",
-          "--cfg-scales", "1", "2", "--compare-finest", "--out", str(tmp_path / "a.png")])  # fmt: skip
+    main(
+        (
+            f"ODE --ckpt {tiny_run} --num-sampling-steps 3 5 --sampling-method euler "
+            f"--cfg-scales 1 2 --compare-finest --out {tmp_path / 'a.png'}"
+        ).split()
+    )
     text = capsys.readouterr().out
     nfe, gmacs = cost(text, "pyramid")
     assert nfe == 3 * 1 + 5 * 2  # guidance at scale 1 is free
@@ -76,16 +87,29 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_run: Path, tmp_path: Path) -
         grids = []
         for batch_size in ("10", "3"):
             out = tmp_path / f"{batch_size}.png"
-            main([mode, "--ckpt", str(tiny_run), "--num-sampling-steps", "6", "--batch-size", batch_size, *flags,
-                  "--out", str(out)])  # fmt: skip
+            main(
+                [
+                    *f"{mode} --ckpt {tiny_run} --num-sampling-steps 6 --batch-size {batch_size}".split(),
+                    *flags,
+                    "--out",
+                    str(out),
+                ]
+            )
             grids.append(pixels(out))
         assert abs(grids[0] - grids[1]).max() <= 1
 
 
 def test_settings_change_the_picture(tiny_run: Path, tmp_path: Path) -> None:
-    variants = [[], ["--seed", "1"], ["--cfg-scales", "1"], ["--weights", "model"], ["--level-edges", "0.25"],
-                ["--cfg-interval", "0.2", "0.6"], ["--sampling-method", "dopri5"],
-                ["--num-sampling-steps", "5"]]  # fmt: skip
+    variants = [
+        [],
+        ["--seed", "1"],
+        ["--cfg-scales", "1"],
+        ["--weights", "model"],
+        ["--level-edges", "0.25"],
+        ["--cfg-interval", "0.2", "0.6"],
+        ["--sampling-method", "dopri5"],
+        ["--num-sampling-steps", "5"],
+    ]
     pictures = []
     for number, flags in enumerate(variants):
         main(["ODE", "--ckpt", str(tiny_run), *flags, "--out", str(tmp_path / f"{number}.png")])
@@ -113,8 +137,7 @@ def test_script_runs_as_a_user_starts_it(tiny_run: Path, tmp_path: Path) -> None
 
 def test_likelihood_states_bits_of_seventeen_grey_levels(tiny_run: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "bits.json"
-    main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "6",
-          "--num-probes", "2", "--out", str(out)])  # fmt: skip
+    main(f"ODE --ckpt {tiny_run} --likelihood --data-path digits --num-images 6 --num-probes 2 --out {out}".split())
     records = json.loads(out.read_text())
     assert len(records) == 6
     for record in records:
@@ -129,11 +152,14 @@ def test_likelihood_of_an_untrained_network_is_that_of_its_noise(tmp_path: Path)
     from sklearn.datasets import load_digits
 
     run_dir = tmp_path / "run"
-    train(["--data-path", "digits", "--model", "PPF-T-2", "--max-steps", "1", "--global-batch-size", "2",
-           "--lr", "1e-30", "--num-workers", "0", "--run-dir", str(run_dir)])  # fmt: skip
+    train(
+        (
+            "--data-path digits --model PPF-T-2 --max-steps 1 --global-batch-size 2 --lr 1e-30 "
+            f"--num-workers 0 --run-dir {run_dir}"
+        ).split()
+    )
     out = tmp_path / "bits.json"
-    main(["ODE", "--ckpt", str(run_dir), "--likelihood", "--data-path", "digits", "--num-images", "20",
-          "--out", str(out)])  # fmt: skip
+    main(f"ODE --ckpt {run_dir} --likelihood --data-path digits --num-images 20 --out {out}".split())
     for record in json.loads(out.read_text()):
         image = load_digits().images[record["image"]].reshape(-1) / 8 - 1
         # Dequantisation adds u in [-1/16, 1/16] to each pixel: its mean effect is the variance, 1/768.
@@ -144,9 +170,12 @@ def test_likelihood_of_an_untrained_network_is_that_of_its_noise(tmp_path: Path)
 def test_likelihood_does_not_depend_on_the_batch(tiny_run: Path, tmp_path: Path) -> None:
     nats = []
     for size in ("7", "2"):
-        main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "7",
-              "--sampling-method", "rk4", "--num-sampling-steps", "6", "--batch-size", size,
-              "--out", str(tmp_path / size)])  # fmt: skip
+        main(
+            (
+                f"ODE --ckpt {tiny_run} --likelihood --data-path digits --num-images 7 "
+                f"--sampling-method rk4 --num-sampling-steps 6 --batch-size {size} --out {tmp_path / size}"
+            ).split()
+        )
         nats.append([record["nats"] for record in json.loads((tmp_path / size).read_text())])
     np.testing.assert_allclose(*nats, rtol=1e-4)
 
@@ -170,8 +199,7 @@ def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path
     grids = []
     for steps, flags in (("40", method), ("60", ["--sampling-method", "rk4"])):
         out = tmp_path / f"{steps}.png"
-        main(["ODE", "--ckpt", str(tiny_run), "--cfg-scales", "1", "--num-sampling-steps", steps, "--out", str(out),
-              *flags])  # fmt: skip
+        main([*f"ODE --ckpt {tiny_run} --cfg-scales 1 --num-sampling-steps {steps} --out {out}".split(), *flags])
         grids.append(pixels(out))
         assert cost(capsys.readouterr().out, "pyramid")[0] == (40 if steps == "40" else 240)
     assert abs(grids[0] - grids[1]).max() <= 3  # of 255
@@ -182,12 +210,22 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
     monkeypatch.setattr("pipeline.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     grids = {}
-    for name, flags in {"plain": [], "compiled": ["--compile"], "bf16": ["--precision", "bf16"],
-                        "both": ["--compile", "--precision", "bf16"]}.items():  # fmt: skip
+    for name, flags in {
+        "plain": [],
+        "compiled": ["--compile"],
+        "bf16": ["--precision", "bf16"],
+        "both": ["--compile", "--precision", "bf16"],
+    }.items():
         before, out = counter.frame_count, tmp_path / f"{name}.png"
-        main(["ODE", "--ckpt", str(tiny_run), "--num-sampling-steps", "8", "--class-labels", "1", "2", "3",
-              "--batch-size", "2", "--cfg-scales", "1", "2", "--compare-finest", "--out", str(out),
-              *flags])  # fmt: skip
+        main(
+            [
+                *(
+                    f"ODE --ckpt {tiny_run} --num-sampling-steps 8 --class-labels 1 2 3 --batch-size 2 "
+                    f"--cfg-scales 1 2 --compare-finest --out {out}"
+                ).split(),
+                *flags,
+            ]
+        )
         grids[name] = pixels(out)
         # One graph per level, for batches of 2 and 1, guided or not, also at the finest level alone
         assert counter.frame_count - before == (2 if "--compile" in flags else 0)
@@ -202,8 +240,15 @@ def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkey
     nats = []
     for flags in ([], ["--compile"]):
         out = tmp_path / "l.json"
-        main(["ODE", "--ckpt", str(tiny_run), "--likelihood", "--data-path", "digits", "--num-images", "3",
-              "--num-probes", "2", "--num-sampling-steps", "4", "--out", str(out), *flags])  # fmt: skip
+        main(
+            [
+                *(
+                    f"ODE --ckpt {tiny_run} --likelihood --data-path digits --num-images 3 "
+                    f"--num-probes 2 --num-sampling-steps 4 --out {out}"
+                ).split(),
+                *flags,
+            ]
+        )
         nats.append([record["nats"] for record in json.loads(out.read_text())])
     assert nats[0] == pytest.approx(nats[1], rel=1e-4)
 

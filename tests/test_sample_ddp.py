@@ -35,8 +35,7 @@ def npz(folder: Path) -> np.ndarray:
 @pytest.fixture
 def samples(tiny_run: Path, tmp_path: Path) -> Path:
     """Eleven samples made by one process."""
-    main(["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11", "--num-sampling-steps", "4",
-          "--sample-dir", str(tmp_path / "alone")])  # fmt: skip
+    main(f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {tmp_path / 'alone'}".split())
     return tmp_path / "alone"
 
 
@@ -53,9 +52,15 @@ def test_npz_is_what_adm_reads_in_sample_order(samples: Path) -> None:
 def test_processes_and_batch_size_do_not_change_the_samples(
     processes: int, batch_size: int, flags: list[str], samples: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    done = start_script("sample_ddp.py", "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
-                        "--per-proc-batch-size", batch_size, "--sample-dir", tmp_path / "more", *flags,
-                        processes=processes)  # fmt: skip
+    done = start_script(
+        "sample_ddp.py",
+        *(
+            f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 "
+            f"--per-proc-batch-size {batch_size} --sample-dir {tmp_path / 'more'}"
+        ).split(),
+        *flags,
+        processes=processes,
+    )
     assert done.returncode == 0, done.stderr
     difference = npz(tmp_path / "more").astype(int) - npz(samples)
     assert abs(difference).max() <= 1
@@ -64,8 +69,10 @@ def test_processes_and_batch_size_do_not_change_the_samples(
 
 def test_adaptive_samples_are_the_same_after_an_interruption(tiny_run: Path, tmp_path: Path) -> None:
     """The steps of dopri5 follow the whole batch: what is missing of a block is made with the rest of it."""
-    flags = ["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "8", "--per-proc-batch-size", "3",
-             "--sampling-method", "dopri5", "--sample-dir", str(tmp_path)]  # fmt: skip
+    flags = (
+        f"ODE --ckpt {tiny_run} --num-fid-samples 8 --per-proc-batch-size 3 "
+        f"--sampling-method dopri5 --sample-dir {tmp_path}"
+    ).split()
     main(flags)
     before = npz(tmp_path)
     store = store_of(tmp_path)
@@ -83,8 +90,12 @@ def test_adaptive_samples_of_another_batch_size_do_not_mix(tiny_run: Path, tmp_p
 
 def test_sde_samples_do_not_depend_on_the_batch(tiny_run: Path, tmp_path: Path) -> None:
     for size in ("5", "2"):
-        main(["SDE", "--ckpt", str(tiny_run), "--num-fid-samples", "5", "--num-sampling-steps", "6",
-              "--cfg-scales", "2", "--per-proc-batch-size", size, "--sample-dir", str(tmp_path / size)])  # fmt: skip
+        main(
+            (
+                f"SDE --ckpt {tiny_run} --num-fid-samples 5 --num-sampling-steps 6 --cfg-scales 2 "
+                f"--per-proc-batch-size {size} --sample-dir {tmp_path / size}"
+            ).split()
+        )
     assert abs(npz(tmp_path / "5").astype(int) - npz(tmp_path / "2")).max() <= 1
 
 
@@ -99,17 +110,18 @@ def test_only_what_is_missing_or_torn_is_made(samples: Path, tiny_run: Path, cap
     for index, length in ((7, 60), (8, 0)):
         store.path(index).write_bytes(store.path(index).read_bytes()[:length])
     kept = store.path(5).stat().st_mtime_ns
-    main(["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11", "--num-sampling-steps", "4",
-          "--sample-dir", str(samples)])  # fmt: skip
+    main(f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {samples}".split())
     assert "3 of 11 samples to make" in capsys.readouterr().out
     assert store.path(5).stat().st_mtime_ns == kept
     assert np.array_equal(npz(samples), before)
 
 
 def test_killed_at_any_moment_it_completes_what_is_missing(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "sample_ddp.py"), "ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11",
-               "--num-sampling-steps", "4", "--per-proc-batch-size", "1",
-               "--sample-dir", str(tmp_path / "killed")]  # fmt: skip
+    flags = (
+        f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 "
+        f"--per-proc-batch-size 1 --sample-dir {tmp_path / 'killed'}"
+    ).split()
+    command = [sys.executable, str(ROOT / "sample_ddp.py"), *flags]
     for wanted in (1, 5):  # files there when it is killed
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and len(list((tmp_path / "killed").rglob("0*.png"))) < wanted:
@@ -125,14 +137,15 @@ def test_damaged_picture_is_named(samples: Path, tiny_run: Path, refuses) -> Non
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    line = refuses(main, "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
-                   "--sample-dir", samples)  # fmt: skip
+    line = refuses(
+        main, *f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {samples}".split()
+    )
     assert f"{path} is damaged" in line
 
 
 def test_shards_are_continued_with_another_batch_size(samples: Path, tiny_run: Path, tmp_path: Path, capsys) -> None:
-    flags = ["ODE", "--ckpt", str(tiny_run), "--num-fid-samples", "11", "--num-sampling-steps", "4", "--no-png",
-             "--sample-dir", str(tmp_path / "shards")]  # fmt: skip
+    folder = tmp_path / "shards"
+    flags = f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 --no-png --sample-dir {folder}".split()
     main([*flags, "--per-proc-batch-size", "4"])
     first, second, _ = sorted((tmp_path / "shards").rglob("shards/*.npz"))
     first.unlink()
@@ -145,14 +158,21 @@ def test_shards_are_continued_with_another_batch_size(samples: Path, tiny_run: P
 
 
 def test_other_weights_do_not_share_a_folder(samples: Path, tiny_run: Path, refuses) -> None:
-    line = refuses(main, "ODE", "--ckpt", tiny_run, "--weights", "model", "--num-fid-samples", 11,
-                   "--num-sampling-steps", 4, "--sample-dir", samples)  # fmt: skip
+    line = refuses(
+        main,
+        *f"ODE --ckpt {tiny_run} --weights model --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {samples}".split(),
+    )
     assert "holds samples with weights" in line
 
 
 def test_other_settings_do_not_share_a_folder(samples: Path, tiny_run: Path, refuses) -> None:
-    line = refuses(main, "ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4,
-                   "--sample-dir", samples, "--label-sampling", "balanced")  # fmt: skip
+    line = refuses(
+        main,
+        *(
+            f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 "
+            f"--sample-dir {samples} --label-sampling balanced"
+        ).split(),
+    )
     assert "label_sampling random, not balanced" in line
 
 

@@ -252,9 +252,16 @@ def check_chain(path: str, prediction: str, levels: int, form: str, method: str,
 
     def sample(x0: torch.Tensor) -> torch.Tensor:
         return sampler.sample_sde(
-            network, x0, method=method, num_steps=counted, diffusion_form=form, diffusion_norm=norm,
-            last_step=last_step, last_step_size=size, generator=seeded(1),
-        )  # fmt: skip
+            network,
+            x0,
+            method=method,
+            num_steps=counted,
+            diffusion_form=form,
+            diffusion_norm=norm,
+            last_step=last_step,
+            last_step_size=size,
+            generator=seeded(1),
+        )
 
     mean, variance, gain = sde_chain(DATA, path, prediction, edges, steps, form, norm, method, last_step, size)
     assert_moments(sample(noise(6000)), mean, variance)

@@ -390,8 +390,10 @@ class NoWaiting(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        before, after = ({leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
-                         for tree in ((args, kwargs), found))  # fmt: skip
+        before, after = (
+            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+            for tree in ((args, kwargs), found)
+        )
         from_host = func in (torch.tensor, torch.as_tensor, torch.asarray) and "meta" in after
         if from_host or (before and after - before) or (func is torch.Tensor.copy_ and len(before) > 1):
             raise AssertionError(f"{func} copies from {before or 'the host'} to {after}")
