@@ -304,7 +304,7 @@ except ValueError as error:
 
 
 def test_without_network_the_cache_serves_and_the_rest_is_one_line(tmp_path):
-    """The cache as the hub lays it out; whatever is not in it cannot be fetched, and one line says so."""
+    """A cache in the hub's layout; for anything else one line says that it cannot be fetched."""
     revision = "0123456789" * 4
     snapshot = tmp_path / "hub" / "models--someone--cached" / "snapshots" / revision
     save_kl(snapshot)

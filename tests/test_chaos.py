@@ -108,11 +108,11 @@ class Job:
         return direct
 
     def temporary(self) -> list[Path]:
-        """Files of checkpoints that are being written, or never were to the end."""
+        """Temporary files of unfinished checkpoints."""
         return list((self.run_dir / "checkpoints").glob(".[0-9]*"))
 
     def kill(self) -> None:
-        """Nothing of the job survives, and nothing of it is warned."""
+        """Kill every process of the job, without notice."""
         for pid in self.descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -157,7 +157,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None], Path]:
-    """The run that nobody kills, by number of processes."""
+    """The uninterrupted run, by number of processes."""
     made: dict[int | None, Path] = {}
 
     def make(processes: int | None) -> Path:

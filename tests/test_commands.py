@@ -168,7 +168,7 @@ def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path:
 
 @pytest.mark.parametrize(("model", "levels"), [("PPF_T_2", 2), ("PPFlow_T_3", 3)])
 def test_train_names_the_levels_as_well(model: str, levels: int, imagenet: str, vae: str, tmp_path: Path) -> None:
-    """There the number of levels must be given besides the model: here it is a check."""
+    """PPFlow's scripts need the number of levels besides the model; here the flag is checked against it."""
     command = ["--model", model, "--patch-level", str(levels), "--data-path", imagenet, "--vae", vae, *UNSHOWN]
     command += ["--run-dir", str(tmp_path)]
     train.train(command)
@@ -355,7 +355,7 @@ def test_autoencoder_that_cannot_be_fetched_is_one_line(imagenet: str, tmp_path:
 
 
 def test_latents_of_another_program_train_and_sample(vae: str, tmp_path: Path, refuses) -> None:
-    """LightningDiT's shards: their own statistics scale the latents, in training and, remembered, in sampling."""
+    """The statistics of LightningDiT's files scale the latents in training and, from the checkpoint, in sampling."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)

@@ -49,7 +49,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def digits(
     request: pytest.FixtureRequest, demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Guided samples of the demo's network at the demo's scale, (N, 64) in grey levels, and the labels asked for."""
+    """Guided samples of the demo's network at the demo's scale, (N, 64) in grey levels, and their labels."""
     folder = tmp_path_factory.mktemp("samples")
     sample_ddp(
         [

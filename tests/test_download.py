@@ -132,7 +132,7 @@ def test_convert_from_the_command_line(tmp_path, capsys, refuses):
 
 
 class Server:
-    """Serves `content`; what goes wrong is set by the tests."""
+    """Serves `content`; tests set the faults."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content

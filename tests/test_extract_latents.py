@@ -1,4 +1,4 @@
-"""extract_latents.py: shards hold what the autoencoder says of the images, however the run went."""
+"""extract_latents.py: latent files hold the autoencoder's output for the images, however the run went."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def flags(pictures: Path, vae: Path, out: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, pictures, vae) -> Path:
-    """The shards that one process makes in one go."""
+    """The latent files of one uninterrupted process."""
     out = tmp_path_factory.mktemp("reference")
     extract(flags(pictures, vae, out))
     return out
@@ -268,7 +268,7 @@ def test_shards_of_unknown_settings_are_left_alone(refuses, tmp_path, pictures, 
 
 @pytest.fixture
 def with_damage(tmp_path, pictures) -> tuple[Path, Path]:
-    """The pictures with one more class: a shard's worth of files of which none is an image."""
+    """The pictures with one more class, whose files are no images and fill a latent file."""
     folder = tmp_path / "damaged"
     for file in pictures.glob("*/*.png"):
         copy = folder / file.relative_to(pictures)
@@ -316,7 +316,7 @@ def test_an_image_at_which_pillow_raises_an_odd_error_is_skipped_too(refuses, pi
 
 
 def test_a_disk_or_archive_that_cannot_be_read_is_not_skipped(refuses, pictures, vae, tmp_path, monkeypatch):
-    """Or a drive that is away for a minute would leave out all images of that minute."""
+    """Otherwise a drive that is unmounted for a minute would leave out all images of that minute."""
     read = ImageFolderDataset.open_image
 
     def stale(self: ImageFolderDataset, index: int) -> object:
@@ -359,7 +359,7 @@ def test_names_that_no_encoding_has_are_skipped_and_listed(pictures, vae, tmp_pa
 
 
 def test_two_processes_make_the_same_shards_and_either_can_stop_the_run(with_damage, tmp_path, vae):
-    """The second process meets the damaged files; then the run is continued without them."""
+    """The second process fails at the damaged files; then the run continues without them."""
     folder, first = with_damage
     command = flags(folder, vae, tmp_path / "two", "--num-workers", 1)
     stopped = start_script("extract_latents.py", *command, processes=2)

@@ -49,7 +49,7 @@ def archive_of(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_ST
 
 
 def refusal(call: Callable[[], object], kind: type[Exception] = UnreadableImage) -> str:
-    """The message, of one line, that a call ends with."""
+    """The error message of a call, on one line."""
     with pytest.raises(kind) as error:
         call()
     assert str(error.value).isprintable()  # neither newlines nor bytes of no encoding
@@ -161,7 +161,7 @@ def test_every_order_of_bytes_is_read(monkeypatch, mode):
 
 
 def test_exif_turns_nothing():
-    """ADM's loader calls Image.open and convert("RGB"), which leave the orientation to whoever looks at Exif."""
+    """ADM's loader calls Image.open and convert("RGB"), which ignore Exif's orientation."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to show it
@@ -470,7 +470,7 @@ def test_names_are_shown_so_that_they_can_be_told_apart():
 
 
 def test_names_are_read_and_shown_where_text_is_ascii(tmp_path):
-    """An image of each kind whose name is no ASCII, and one that is damaged, in an ASCII locale."""
+    """An image of each kind with a name outside ASCII, and a damaged one, in an ASCII locale."""
     names = ["é.png".encode(), b"\xff.png"]
     for folder, data in ((b"a", png()), (b"b", b"no image")):
         os.mkdir(os.path.join(os.fsencode(tmp_path), folder))

@@ -1,4 +1,4 @@
-"""Latent shards: what is read is what was written, by us or by LightningDiT; posteriors; and bad folders."""
+"""Latent files: reading returns what we or LightningDiT wrote; posteriors; and bad folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGE_SIZE = 10
 def random_tensors(
     rows: int, seed: int, dtype: torch.dtype = torch.float32, std: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a shard; every latent lies near the number of its sample, 10 seed + row."""
+    """The tensors of a latent file; every latent lies near the number of its sample, 10 seed + row."""
     generator = torch.Generator().manual_seed(seed)
     number = 10 * seed + torch.arange(rows).view(-1, 1, 1, 1)
     tensors = {name: torch.rand(rows, *SHAPE, generator=generator) + number for name in ("latents", "latents_flip")}
@@ -53,7 +53,7 @@ def space(tmp_path_factory) -> LatentSpace:
 def write_set(
     folder: Path, space: LatentSpace, rows: tuple[int, ...] = (4, 3, 0, 5), dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Shards of ours with so many rows."""
+    """Latent files of ours with these numbers of rows."""
     metadata = shard_metadata(space, IMAGE_SIZE, 7, len(rows))
     for number, count in enumerate(rows):
         write_shard(folder / shard_name(number), random_tensors(count, number, dtype), {**metadata, "skipped": "[]"})
@@ -61,7 +61,7 @@ def write_set(
 
 
 def write_foreign(folder: Path, rows: tuple[int, ...] = (4, 3), dtype: torch.dtype = torch.float32) -> Path:
-    """Shards as LightningDiT's extract_features.py writes them: its names of tensors and files, metadata of its own."""
+    """Latent files in the format of LightningDiT's extract_features.py: its names and its metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, count in enumerate(rows):
         metadata = {"total_size": str(count), "dtype": str(dtype), "device": "cpu"}
@@ -83,7 +83,7 @@ def scaled(z: torch.Tensor) -> torch.Tensor:
 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of all shards, read by safetensors."""
+    """All tensors of all latent files, read by safetensors."""
     shards = [load_file(file) for file in sorted(folder.glob("latents*.safetensors"))]
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 

@@ -253,7 +253,7 @@ def test_levels_that_ppflow_has_not_are_refused(tmp_path):
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_there_and_back_is_exact(levels, suffix, tmp_path):
-    """Ours to the other layout to ours, through files; and what the other layout has no place for stays in ours."""
+    """Ours to the other layout to ours, through files; and ours keeps the parts that the other layout lacks."""
     model = tiny(levels, learn_sigma=levels != 2)
     transport = {
         "path_type": "VP",

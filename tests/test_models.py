@@ -170,7 +170,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """DiT with SiT's conventions, from timm's pieces; its parameters are called what they are called in SiT's files."""
+    """DiT with SiT's conventions, from timm's modules, with the parameter names of SiT's files."""
 
     def __init__(self, size, patch, channels, width, depth, heads, classes) -> None:
         super().__init__()

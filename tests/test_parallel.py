@@ -107,7 +107,7 @@ def ddp_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of two processes with --shard, but for the preview."""
+    """The same run with --shard, without the preview."""
     run_dir = tmp_path_factory.mktemp("runs") / "sharded"
     torchrun(2, "--shard", "--sample-every", 0, "--run-dir", run_dir)
     return run_dir
@@ -183,7 +183,7 @@ def test_bf16_weights_give_the_gradients_of_autocast(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_processes() -> Iterator[Processes]:
-    """The first of two processes, of which the other does not exist: what is sent is lost, but can be counted."""
+    """The first of two processes without the other: messages are lost, but can be counted."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

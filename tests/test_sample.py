@@ -294,7 +294,7 @@ def test_a_field_too_steep_for_an_adaptive_method_is_one_line(tiny_run: Path, tm
 
 @pytest.fixture(scope="module")
 def old_run(noise_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as `train.py --path-type Linear --prediction noise --sample-eps 0` wrote it once."""
+    """A checkpoint as an earlier `train.py --path-type Linear --prediction noise --sample-eps 0` wrote it."""
     checkpoint = torch.load(noise_run / "checkpoints" / "0000002.pt", weights_only=True)
     process = {"path_type": "Linear", "loss_weight": "velocity", "train_eps": 0.0, "sample_eps": 0.0}
     checkpoint["config"]["transport"] |= process
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_no_solver_could_start_from_is_sampled(
 
 
 def test_an_end_that_a_method_comes_to_is_told_before_the_work(tiny_run: Path, tmp_path: Path, refuses) -> None:
-    """A data prediction says nothing of the velocity at t = 1, where some methods and every likelihood ask for it."""
+    """A data prediction gives no velocity at t = 1, where some methods and every likelihood evaluate it."""
     convert(tiny_run, bare := tmp_path / "bare.pt", "ppflow", num_heads=2)
     command = ["ODE", "--ckpt", str(bare), "--prediction", "data", "--sample-eps", "0", "--out", f"{tmp_path}/a.png"]
     main(command)
@@ -331,7 +331,7 @@ def test_an_end_that_a_method_comes_to_is_told_before_the_work(tiny_run: Path, t
 
 
 def test_bare_weights_are_told_their_process(noise_run: Path, tmp_path: Path) -> None:
-    """Files in SiT's layout say nothing of it: its sample.py takes train.py's flags."""
+    """Files in SiT's layout do not store it: SiT's sample.py takes train.py's flags."""
     convert(noise_run, bare := tmp_path / "bare.pt", "sit", num_heads=2)
     told = ["--path-type", "VP", "--prediction", "noise", "--loss-weight", "velocity", "--train-eps", "1e-5"]
     pictures = []

@@ -68,7 +68,7 @@ def test_processes_and_batch_size_do_not_change_the_samples(
 
 
 def test_adaptive_samples_are_the_same_after_an_interruption(tiny_run: Path, tmp_path: Path) -> None:
-    """The steps of dopri5 follow the whole batch: what is missing of a block is made with the rest of it."""
+    """dopri5 chooses its steps from the whole batch, so an incomplete block is made again as a whole."""
     flags = (
         f"ODE --ckpt {tiny_run} --num-fid-samples 8 --per-proc-batch-size 3 "
         f"--sampling-method dopri5 --sample-dir {tmp_path}"
@@ -158,10 +158,8 @@ def test_shards_are_continued_with_another_batch_size(samples: Path, tiny_run: P
 
 
 def test_other_weights_do_not_share_a_folder(samples: Path, tiny_run: Path, refuses) -> None:
-    line = refuses(
-        main,
-        *f"ODE --ckpt {tiny_run} --weights model --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {samples}".split(),
-    )
+    flags = f"--weights model --num-fid-samples 11 --num-sampling-steps 4 --sample-dir {samples}".split()
+    line = refuses(main, "ODE", "--ckpt", tiny_run, *flags)
     assert "holds samples with weights" in line
 
 
@@ -271,7 +269,7 @@ def test_a_sample_of_another_size_is_named(samples: Path, tiny_run: Path, refuse
 
 
 def ends_without_traceback(*flags: object, limit: int | None = None) -> str:
-    """Run it with bad input on two processes, on one under a limit of so many kB per file; what it said."""
+    """Run it with bad input on two processes, or on one under a limit of so many kB per file; returns its messages."""
     flags = ("ODE", "--num-sampling-steps", 4, "--per-proc-batch-size", 1, *flags)
     if limit is None:
         done = start_script("sample_ddp.py", *flags, processes=2)

@@ -48,7 +48,7 @@ def vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoded_run(vae: Path, tmp_path_factory) -> Path:
-    """A run on images, which says which autoencoder it used and no scaling of its own."""
+    """A run on images, whose config names its autoencoder but no scaling of its own."""
     images, run_dir = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("runs") / "encoded"
     (images / "a").mkdir()
     for number in range(4):
@@ -123,7 +123,7 @@ def test_an_autoencoders_config_is_enough(encoded_run: Path, vae: Path, tmp_path
 
 
 def test_an_old_config_means_its_class_defaults(encoded_run: Path, tmp_path: Path) -> None:
-    """Stable Diffusion's first autoencoders do not say that their factor is 0.18215."""
+    """The configs of Stable Diffusion's first autoencoders lack their factor, 0.18215."""
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2"}')
     save_tiny(tmp_path / "one", scaling_factor=1.0)
     main(flags_of(encoded_run, tmp_path / "a", "--latents", "--vae", tmp_path))

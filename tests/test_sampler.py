@@ -45,7 +45,7 @@ EVERY_NETWORK = [*product(PATH_NAMES, QUANTITIES, EDGES)]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine a second thread is mostly waited for."""
+    """One thread: with small tensors on a busy machine a second one costs time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -348,7 +348,7 @@ def test_a_last_step_may_take_the_whole_finest_level():
 
 
 def samplers_density(path: str, interval: tuple[float, float], x1: torch.Tensor) -> torch.Tensor:
-    """Log-density of what the sampler makes, an affine map of the noise; its slope is taken between two points."""
+    """Log-density of the sampler's output, an affine map of the noise, whose slope is taken between two points."""
     x0, beside = (exact_ode(path, "", x, reverse=True, interval=interval) for x in (x1, x1 + 1))
     return (torch.distributions.Normal(torch.zeros_like(x0), 1.0).log_prob(x0) + (beside - x0).log()).sum(1)
 

@@ -221,7 +221,7 @@ def test_ab2_has_no_first_order_step_at_its_start(backwards: bool):
 def follow_data(
     path: str, start: float, stop: float, num_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Gaussian data by DPM-Solver++(2M): its result, the exact one, and where and what it evaluated on the way."""
+    """Gaussian data by DPM-Solver++(2M): its result, the exact one, and the points and values of its evaluations."""
     states, data = [], []
 
     def expected_data(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
