@@ -252,7 +252,7 @@ class PyramidalPatchDiT(
         for level in range(self.num_levels):
             self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
         self.initialize_weights()
-        self._hub_mixin_config = self.config  # save_pretrained writes it: plain numbers, whatever types were passed
+        self._hub_mixin_config = self.config  # save_pretrained writes this: plain numbers only
 
     def _check(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):

@@ -175,11 +175,11 @@ def _full_precision(like: torch.Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class RawLatents:
-    """A stand-in for an autoencoder that keeps samples as latents, scaled back to what their autoencoder decodes.
+    """A stand-in for an autoencoder that keeps samples as latents, unscaled, as their autoencoder decodes them.
 
     Args:
         name:     the autoencoder's full name, or "none" where it is unknown
-        scaling:  between its latents and what the network sees
+        scaling:  between its latents and the network's inputs
         channels: its latents' channels; None where they are unknown
     """
 

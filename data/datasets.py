@@ -21,10 +21,10 @@ class AnyDataset(Protocol):
     A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once.
     """
 
-    kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (as the network sees them)
+    kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (scaled for the network)
     num_classes: int
-    image_shape: tuple[int, ...]  # of what load gives, (C, H, W)
-    image_size: int | None  # side of the images; of latents, that of the images they were made of, where known
+    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W)
+    image_size: int | None  # side of the images; for latents, of the images behind them, if known
     value_step: float | None  # distance of neighbouring pixel values, for bits per dimension; None for latents
 
     def __len__(self) -> int: ...

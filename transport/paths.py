@@ -22,7 +22,7 @@ class Coefficients(NamedTuple):
 
 
 class Path(ABC):
-    """An interpolant: a subclass defines its name and `coefficients(t)`, and what differs at its ends."""
+    """An interpolant: a subclass defines `name` and `coefficients(t)`, and may override the treatment of its ends."""
 
     name: str
     regular_at_noise = False  # True where alpha > 0 at t = 0: every quantity is finite there, so no interval is cut

@@ -44,7 +44,7 @@ class Transport:
 
     Args:
         path:        the interpolant
-        prediction:  what the network outputs: "velocity", "noise", "score" or "data"
+        prediction:  the network's output: "velocity", "noise", "score" or "data"
         loss_weight: None, "velocity" or "likelihood"
         train_eps:   training stays this far from singular ends of [0, 1]; None for the default
         sample_eps:  the same for sampling and likelihood
@@ -130,7 +130,7 @@ class Transport:
         """Turn the network's output at x_t into another quantity.
 
         Args:
-            output: (N, ...) what the network predicts (or `source`)
+            output: (N, ...) the network's prediction (or `source`)
             x:      (N, ...) x_t
             t:      (N,) times
             target: "velocity", "noise", "score" or "data"
@@ -268,7 +268,7 @@ def create_transport(
 
     Args:
         path_type:   "Linear", "GVP" or "VP"
-        prediction:  what the network outputs: "velocity", "noise", "score" or "data"
+        prediction:  the network's output: "velocity", "noise", "score" or "data"
         loss_weight: None (the prediction's own squared error), "velocity" or "likelihood"
         train_eps:   distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 0 for
                      velocity prediction (1e-3 with likelihood weights), else 1e-3

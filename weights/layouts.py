@@ -146,7 +146,7 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
 
 
 def registry_name(model: PyramidalPatchDiT) -> str | None:
-    """The name in MODELS whose sizes the model has, whatever its input, channels and classes."""
+    """The name in MODELS with the model's sizes; input size, channels and classes may differ."""
     for name, fields in MODELS.items():
         if model.mlp_ratio == 4 and all(getattr(model, field) == value for field, value in fields.items()):
             return name
