@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +15,6 @@ from torch.utils.data import DataLoader
 
 import latents as room
 from autoencoder import LatentSpace, PixelSpace, load_autoencoder
-from benchmarks import data as benchmark
 from data import StepSampler, TrainingStream, as_it_is, open_dataset, training_loader
 from latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
 from transport import sample_generators
@@ -201,13 +198,30 @@ def test_spawned_workers_are_sent_no_data(tmp_path, space):
     assert torch.equal(batches["fork"], batches["spawn"])
 
 
-def test_memory_does_not_follow_the_data(tmp_path):
-    folder = benchmark.make_shards(tmp_path, samples=3000, shards=3, dtype="fp32")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    benchmark.growth(folder, batches=4, batch_size=64)
-    grown = benchmark.growth(folder, batches=40, batch_size=64)  # reads 80 MB out of 190 MB
-    assert size > 180e6
-    assert grown < 20e6
+def resident_bytes() -> int:
+    """Memory of this process, mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def growth(folder: Path, batches: int) -> int:
+    """Bytes by which this process's memory grows, at its peak, while it opens shards and reads batches of 64."""
+    before = peak = resident_bytes()
+    stream = TrainingStream(LatentShards(folder), seed=0)
+    for first in range(0, 64 * batches, 64):
+        stream.__getitems__(range(first, first + 64))
+        peak = max(peak, resident_bytes())
+    return peak - before
+
+
+def test_memory_does_not_follow_the_data(tmp_path, space):
+    names = ("latents", "latents_flip", "latents_std", "latents_flip_std")
+    tensors = {name: torch.rand(1000, 4, 32, 32) for name in names} | {"labels": torch.arange(1000) % 7}
+    for number in range(3):
+        write_shard(tmp_path / shard_name(number), tensors, shard_metadata(space, 256, 7, 3))
+    growth(tmp_path, batches=4)  # torch's own threads and buffers
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 180e6
+    assert growth(tmp_path, batches=40) < 20e6  # reads 80 MB
 
 
 # -- Shards of LightningDiT ----------------------------------------------------------------------------------------
@@ -424,33 +438,3 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path, space):
         opened.truncate(1000)
     with pytest.raises(OSError, match=f"{shard_name(3)} has become shorter"):
         dataset.load_many(range(12), sample_generators(0, range(12)))
-
-
-# -- The benchmark -------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_prints_a_row_for_each_way_and_number_of_workers(capsys, tmp_path):
-    flags = ["--samples", "40", "--shards", "2", "--batch-size", "4", "--batches", "3", "--repeats", "2"]
-    benchmark.main([*flags, "--workers", "0", "1", "--parts", "reads", "--folder", str(tmp_path)])
-    title, _, head, *rows = capsys.readouterr().out.splitlines()
-    assert "40 samples 4x32x32 fp16 in 2 shard(s)" in title
-    assert head.split() == ["samples/s", "workers", "median", "lowest", "highest", "ratio"]
-    assert [row.split()[-5] for row in rows] == ["0", "0", "0", "1", "1", "1"]
-    for row in rows:
-        median, lowest, highest, ratio = map(float, row.split()[-4:])
-        assert lowest <= median <= highest
-        assert (ratio == 1) or "baseline" not in row
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_benchmarks_baseline_reads_the_same(tmp_path):
-    folder = benchmark.make_shards(tmp_path, samples=6, shards=2, dtype="fp16")
-    baseline, shards = benchmark.SafeOpenSlices(folder), LatentShards(folder)
-    stored = whole(folder)
-    np.random.seed(0)
-    for index in range(6):
-        latents, label = baseline[index]
-        choices = [stored[name][index].float() * 0.18215 for name in ("latents", "latents_flip")]
-        assert any(torch.equal(latents, choice) for choice in choices)
-        assert label == shards.load(index)[1]
-    assert json.loads(json.dumps(list(shards.image_shape))) == list(benchmark.SHAPE)
