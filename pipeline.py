@@ -384,13 +384,17 @@ def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: 
 
 
 class _Wrapper:
-    """A network around another one, with all of its attributes."""
+    """A network around another one, of which it shows what it has no own version of."""
+
+    SHOWN = ("num_levels", "num_classes", "in_channels", "input_size", "parameters", "macs")
 
     def __init__(self, model: PyramidalPatchDiT) -> None:
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)
+        if name not in self.SHOWN:
+            raise AttributeError(name)
+        return getattr(self.model, name)
 
 
 class EvaluationCounter(_Wrapper):

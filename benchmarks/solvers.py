@@ -25,6 +25,7 @@ from benchmarks.timing import ZeroField, add_device_arg, machine, open_device, t
 from pipeline import EvaluationCounter, Pipeline
 from runtime.errors import run_script, user_input
 from runtime.files import complete_file
+from runtime.rng import sample_generators
 from train_utils import ArgumentParser, finite_float, positive_int, some_text
 from transport import (
     PATHS,
@@ -33,7 +34,6 @@ from transport import (
     Sampler,
     Transport,
     create_transport,
-    sample_generators,
 )
 from transport.paths import like
 from transport.solvers import FIXED_METHODS, RUNGE_KUTTA_ADAPTIVE

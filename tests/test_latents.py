@@ -18,7 +18,7 @@ from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from data.datasets import open_dataset
 from data.latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
 from data.order import StepSampler, TrainingStream, identity_collate, training_loader
-from transport import sample_generators
+from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
 SCALE, SHIFT = 0.5, (0.25, -1.0, 0.0, 2.0)

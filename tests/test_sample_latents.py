@@ -16,9 +16,10 @@ from small_autoencoders import change_config, save_kl, save_tiny
 
 import sample
 import train
+from runtime.rng import sample_generators
 from runtime.sample_store import ShardStore
 from sample_ddp import build_parser, label_of, main
-from transport import ClassifierFreeGuidance, Sampler, create_transport, sample_generators
+from transport import ClassifierFreeGuidance, Sampler, create_transport
 from weights.pretrained import convert, load_pretrained
 
 MEAN, DEVIATION = 3.0, 5.0
