@@ -40,11 +40,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.levels --model PPF-B-2 PPF-B-3
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.solvers
-	$(BIN)/python -m benchmarks.cost
 
 # Installed once, and again when requirements.txt changes.
 $(VENV)/.installed: requirements.txt

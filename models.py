@@ -321,6 +321,12 @@ class PyramidalPatchDiT(
         """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included."""
         return _macs(json.dumps(self.config))[level]
 
+    def describe(self) -> str:
+        """Size of the model in words."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        tokens = " / ".join(str(self.num_tokens(level)) for level in range(self.num_levels))
+        return f"{parameters:,} parameters, {self.num_levels} level(s), {tokens} tokens"
+
     def level_parameters(self, level: int) -> list[nn.Parameter]:
         """The parameters that no other level uses: the level's patch embedding and head."""
         return [*self.x_embedder[level].parameters(), *self.final_layer.linear[level].parameters()]

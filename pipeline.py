@@ -321,18 +321,22 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         likelihood: bool = False,
         reverse: bool = False,
-    ) -> None:
+    ) -> EvaluationCounter:
         """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
 
         Args:
             likelihood: `log_prob` is wanted
             reverse:    `noise` is wanted
+
+        Returns:
+            the count of the evaluations that a sample takes, unless the solver chooses its own steps.
         """
         if isinstance(solver, ODE):
             check_ode_method(solver.method, noise_to_data=not (likelihood or reverse))
         zero = self._with_model(_Zero(self.model))
+        counter = EvaluationCounter(zero.model)
         try:
-            x1 = zero.latents([0], solver, guidance)
+            x1 = self._with_model(counter).latents([0], solver, guidance)
             if likelihood:
                 zero.log_prob(x1, [0], solver, guidance)
             if reverse:
@@ -341,6 +345,7 @@ class Pipeline:
             process = f"the {self.transport.path.name} path with {self.transport.prediction} prediction"
             flag = "--sample-eps 0.001" if isinstance(solver, ODE) else "a larger --last-step-size"
             raise ValueError(f"{solver.method} comes to an end of {process} that is infinite: give {flag}") from error
+        return counter
 
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on."""
@@ -379,13 +384,17 @@ def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: 
 
 
 class _Wrapper:
-    """A network around another one, with all of its attributes."""
+    """A network around another one, of which it shows what it has no own version of."""
+
+    SHOWN = ("num_levels", "num_classes", "in_channels", "input_size", "parameters", "macs")
 
     def __init__(self, model: PyramidalPatchDiT) -> None:
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)
+        if name not in self.SHOWN:
+            raise AttributeError(name)
+        return getattr(self.model, name)
 
 
 class EvaluationCounter(_Wrapper):

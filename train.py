@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +25,13 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import train_utils as cli
-from data import autoencoder as autoencoders
 from data import order
-from data.datasets import AnyDataset, open_dataset
+from data.autoencoder import Autoencoder
+from data.datasets import AnyDataset, open_training_data
 from models import PyramidalPatchDiT, canonical_name, create_model
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
-from runtime.errors import UserError, run_script, user_input
+from runtime.errors import UserError, run_script
 from transport import ODE, Transport, create_transport
 from weights.layouts import initialize_levels
 from weights.pretrained import load_pretrained
@@ -63,21 +61,6 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """The arguments, and the names of those that were given."""
-    args, given = build_parser().parse_with_given(argv)
-    with user_input():
-        canonical_name(args.model)
-        cli.guidance_from(args)
-    if not args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
-    if {"epochs", "max_steps"} <= given:
-        raise UserError("--epochs and --max-steps both say how long to train: give one of them")
-    if args.keep_every and not args.keep_last:
-        raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
-    return args, given
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Set-up
 
@@ -89,7 +72,7 @@ class Training:
     args: argparse.Namespace  # what was given, what the run remembers, and what follows from the data
     processes: distributed.Processes
     dataset: AnyDataset
-    autoencoder: autoencoders.Autoencoder | None  # None where nothing is encoded or shown
+    autoencoder: Autoencoder | None  # None where nothing is encoded or shown
     transport: Transport
     model: PyramidalPatchDiT
     ema: PyramidalPatchDiT
@@ -98,32 +81,9 @@ class Training:
     start_step: int
 
 
-def open_data(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[AnyDataset, autoencoders.Autoencoder | None, str]:
-    """The dataset, the autoencoder of its latents (None where nothing is encoded or shown), and the latter's name.
-
-    Raises:
-        ValueError, OSError: if either cannot be had, or they do not fit together.
-    """
-    autoencoder = autoencoders.load_autoencoder(args.vae, device) if args.vae else None
-    dataset = open_dataset(args.data_path, args.image_size, autoencoder)
-    if dataset.kind == "digits" and args.vae not in (None, "none"):
-        raise ValueError(f"digits are trained on as pixels: leave --vae {args.vae} out")
-    default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
-    vae = autoencoders.autoencoder_name(args.vae or default or "none")
-    if vae == "none" and dataset.kind == "latents" and args.sample_every:
-        raise ValueError(f"{args.data_path} does not say which autoencoder decodes it: give --vae, or --sample-every 0")
-    if autoencoder is None and (dataset.kind == "images" or args.sample_every):
-        autoencoder = autoencoders.load_autoencoder(vae, device)
-    if dataset.kind == "latents" and autoencoder is not None and autoencoder.name != "none":
-        autoencoder = autoencoder.with_scaling(dataset.scaling)
-    return dataset, autoencoder, vae
-
-
 def build(
     args: argparse.Namespace, processes: distributed.Processes, new: bool
-) -> tuple[AnyDataset, autoencoders.Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
+) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
     Args:
@@ -132,7 +92,9 @@ def build(
     Raises:
         ValueError, OSError: if something is missing, or does not fit the rest.
     """
-    dataset, autoencoder, vae = open_data(args, processes.device)
+    dataset, autoencoder, vae = open_training_data(
+        args.data_path, args.image_size, args.vae, args.sample_every > 0, processes.device
+    )
     encodes = dataset.kind == "images" and autoencoder is not None
     channels, *input_size = autoencoder.latent_shape(dataset.image_shape) if encodes else dataset.image_shape
     num_classes = args.num_classes or dataset.num_classes
@@ -167,14 +129,15 @@ def build(
         "precision": args.precision or speed.default_precision(processes.device, training=True),
         "data_path": run.full_path(args.data_path),
     }
+    identity = dataset.identity()
     config = {
         "model_name": name,
         "model": model.config,
         "transport": process,
         "vae": vae,
-        "scaling": asdict(dataset.scaling) if dataset.kind == "latents" else None,
+        "scaling": identity.get("scaling"),
         "args": {**vars(args), **resolved},
-        "data": dataset.identity(),
+        "data": identity,
         "torch": str(torch.__version__),
     }
     return dataset, autoencoder, model, transport, config
@@ -236,18 +199,8 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
             group["weight_decay"] = args.weight_decay
     loss = parallel.loss_module(model, transport)
 
-    # The first lines of the log
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = " / ".join(str(model.num_tokens(level)) for level in range(model.num_levels))
-    this_run.say(f"{args.model}: {parameters:,} parameters, {model.num_levels} level(s), {tokens} tokens")
-    this_run.say(
-        f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes; {processes.world_size} process(es) "
-        f"on {processes.device.type}, {args.precision}; {folder}"
-    )
-    for line in notes:
-        this_run.say(f"warning: {line}")
-    if line := speed.precision_note(args.precision, processes.device):
-        this_run.say(f"note: {line}")
+    data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
+    this_run.introduce(f"{args.model}: {model.describe()}", data, args.precision, notes)
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     training = Training(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, start_step)
@@ -255,37 +208,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Random numbers and previews
-
-
-def draw_step(
-    step: int,
-    positions: range,
-    shape: Sequence[int],
-    transport: Transport,
-    seed: int,
-    batch_size: int,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's random numbers of a step.
-
-    Args:
-        positions:  the rank's n samples, numbered over the whole run
-        shape:      of one sample
-        batch_size: of all ranks together
-        dropout:    probability that a label is made null
-
-    Returns:
-        times (n,), noise (n, *shape), and which labels to drop (n,). Times and drops are drawn for the whole batch and
-        cut; noise belongs to the sample's position.
-    """
-    local = slice(positions.start - step * batch_size, positions.stop - step * batch_size)
-    (time_generator,) = rng.sample_generators(seed, [step], rng.Stream.TIME)
-    (dropout_generator,) = rng.sample_generators(seed, [step], rng.Stream.DROPOUT)
-    t = transport.sample_times(batch_size, time_generator)[local]
-    drop = torch.rand(batch_size, generator=dropout_generator)[local] < dropout
-    x0 = transport.noise.sample((len(positions), *shape), rng.sample_generators(seed, positions, rng.Stream.NOISE))
-    return t, x0, drop
+# Previews
 
 
 def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | None:
@@ -298,7 +221,7 @@ def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | N
     pipe = Pipeline(t.ema, t.transport, t.autoencoder)
     pipe.precision = t.args.precision
     labels = torch.tensor(cli.preview_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
-    share = math.ceil(len(labels) / processes.world_size)
+    share = -(-len(labels) // processes.world_size)
     mine = (processes.rank + torch.arange(share) * processes.world_size) % len(labels)
     images = []
     for indices in mine.split(batch_size):
@@ -341,7 +264,7 @@ def train_steps(t: Training, this_run: run.Run) -> None:
     for step, positions, images, labels in batches:
         # Random numbers and learning rate of this step
         shape = (model.in_channels, *model.input_size)
-        times, x0, drop = draw_step(
+        times, x0, drop = rng.draw_step(
             step, positions, shape, t.transport, args.global_seed, args.global_batch_size, args.class_dropout_prob
         )
         y = labels.masked_fill(drop, model.num_classes)
@@ -408,7 +331,8 @@ def train_steps(t: Training, this_run: run.Run) -> None:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run train.py with these command-line arguments."""
-    args, given = parse(argv)
+    args, given = build_parser().parse_with_given(argv)
+    cli.check_training_flags(args, given)
     with preemption.Preemption() as signals, speed.deterministic_errors():
         train_steps(*set_up(args, given, signals))
 

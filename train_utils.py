@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from models import canonical_name
 from pipeline import Pipeline, check_claims
-from runtime.errors import UserError, note
+from runtime.errors import UserError, note, user_input
 from runtime.speed import PRECISIONS
 from transport import (
     DIFFUSION_FORMS,
@@ -211,6 +211,19 @@ def add_logging_args(parser: argparse.ArgumentParser) -> None:
         help="steps between grids of EMA samples; 0 for none at all",
     )
     add("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
+
+
+def check_training_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of train.py that contradict each other (UserError); `given` names those that were given."""
+    with user_input():
+        canonical_name(args.model)
+        guidance_from(args)
+    if not args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
+    if {"epochs", "max_steps"} <= given:
+        raise UserError("--epochs and --max-steps both say how long to train: give one of them")
+    if args.keep_every and not args.keep_last:
+        raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""How much memory a training step takes: what autograd keeps, and the peak of the device or the process."""
+"""Memory of a training step: activations that autograd keeps, and the peak of the device or the process."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ def _tensors_of_python() -> dict[int, int]:
 
 
 def resident(what: str) -> int | None:
-    """This process's resident memory: VmRSS is that of now, VmHWM the most so far; None where Linux's /proc is not."""
+    """Resident memory of this process: VmRSS is that of now, VmHWM the most so far; None where Linux's /proc is not."""
     # Not getrusage's ru_maxrss: it starts at the memory of the process that started this one.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -63,23 +63,10 @@ def resident(what: str) -> int | None:
 
 
 def in_fresh_process(call: Callable[..., Value], *arguments: Any) -> Value:
-    """What a call returns in a new process, which holds nothing else.
+    """Return a call's result from a new process, which holds nothing else.
 
     Raises:
-        RuntimeError: if the process ends without an answer.
+        RuntimeError: if the process ends without an answer (BrokenProcessPool: out of memory?).
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(there, call, arguments))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        raise RuntimeError("a benchmark's process ended without an answer (out of memory?)") from None
-    finally:
-        process.join()
-
-
-def _send(connection: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    connection.send(call(*arguments))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: devices, clocks, the peak rate of a device, tables, the profiler."""
+"""The parts that the benchmarks share: flags, devices, clocks, a device's peak rate, random networks, tables."""
 
 from __future__ import annotations
 
@@ -7,48 +7,120 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from models import MODELS, PyramidalPatchDiT, create_model
-from runtime.errors import UserError
+from models import MODELS, PyramidalPatchDiT, canonical_name, create_model
+from runtime.errors import UserError, user_input
 from runtime.speed import PRECISIONS, use_precision
-from train_utils import positive_float
+from train_utils import ArgumentParser, positive_int
 
-WARMUP = 2  # calls that are not timed
+WARMUP = 2  # calls that the median leaves out
 PEAK_REPEATS = 10
 PROFILED_CALLS = 2
 PROFILE_ROWS = 20
 
 # Dense bf16 matrix products, TFLOP/s, from the vendor's data sheets; the first name that occurs counts.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "A40": 150,
-               "A10": 125, "L40S": 362, "L4": 121, "RTX 4090": 165}  # fmt: skip
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A40": 150,
+    "A10": 125,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Devices
+# A benchmark's run
 
 
-def add_device_args(parser: argparse.ArgumentParser) -> None:
-    """--device and --precision."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+@dataclass(frozen=True)
+class Bench:
+    """Settings of a benchmark's run."""
+
+    models: tuple[str, ...]  # canonical names
+    batch: int  # samples per call
+    repeats: int
+    compiled: bool
+    device: torch.device
+    precision: str
+    peak: float  # FLOP/s of the device, of which MFU is a share
+
+    def time(self, calls: Mapping[Any, Callable[[], object]], note: str) -> dict[Any, Seconds]:
+        """Time calls in turns."""
+        return time_in_turns(calls, self.repeats, self.device, note)
+
+    def rates(self, macs: float, samples: int, seconds: float) -> tuple[str, str, str]:
+        """Cells of the columns RATES: samples per second, TFLOP/s and MFU of `macs` multiply-accumulates."""
+        flops = 2 * macs / seconds
+        return f"{samples / seconds:.2f}", f"{flops / 1e12:.3f}", f"{flops / self.peak:.1%}"
+
+
+RATES = ("images/s", "TFLOP/s", "MFU")
+
+
+def build_parser(prog: str, description: str, sections: Sequence[str]) -> ArgumentParser:
+    """Flags of a benchmark that times models; `profile` is printed only on request."""
+    parser = ArgumentParser(prog=prog, description=description)
+    default = [section for section in sections if section != "profile"]
+    parser.add_argument("--model", nargs="+", default=["PPF-B-2", "PPF-B-3"], help="names, as in models.py")
+    parser.add_argument("--sections", nargs="+", choices=sections, default=default, help="what to measure")
+    parser.add_argument("--batch-size", type=positive_int, help="samples per call (default: 4, on CUDA 64)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed calls of each kind; the median counts")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.py and sample.py do")
     parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16 on CUDA, fp32 on the CPU)")
+    add_device_arg(parser)
+    return parser
 
 
-def add_peak_args(parser: argparse.ArgumentParser) -> None:
-    """--peak-tflops, which model FLOPs utilisation is relative to."""
-    parser.add_argument("--peak-tflops", type=positive_float, metavar="P",
-                        help="peak rate of the device that MFU is relative to (default: in bf16 the data sheet's where "
-                        "the card is known, else that of a large matrix product, measured)")  # fmt: skip
+def add_device_arg(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Take the device, measure its peak where no data sheet gives it, and print the benchmark's first line."""
+    device = open_device(args.device)
+    cuda = device.type == "cuda"
+    with user_input():
+        models = tuple(dict.fromkeys(canonical_name(name) for name in args.model))
+    precision, batch = args.precision or ("bf16" if cuda else "fp32"), args.batch_size or (64 if cuda else 4)
+    peak, source = peak_flops(precision, device)
+    compiled = ", compiled" if args.compile else ""
+    print(
+        f"{machine(device)}; {precision}{compiled}, {batch} samples, median of {args.repeats}; "
+        f"peak {peak / 1e12:.3f} TFLOP/s ({source})",
+        flush=True,
+    )
+    return Bench(models, batch, args.repeats, args.compile, device, precision, peak)
+
+
+def print_sections(names: Sequence[str], sections: Mapping[str, Callable[[Any], Iterator[str]]], bench: Bench) -> None:
+    """Print the tables of the chosen sections, each as soon as it is measured."""
+    for name in dict.fromkeys(names):
+        for text in sections[name](bench):
+            print(f"\n{text}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Devices and networks
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device of that name, or the fastest there is.
+    """Return the device of that name, or the fastest there is.
 
     Raises:
         UserError: if it cannot be used.
@@ -62,7 +134,7 @@ def open_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the machine calls it."""
+    """Product name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -76,13 +148,8 @@ def machine(device: torch.device) -> str:
     return f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def default_precision(precision: str | None, device: torch.device) -> str:
-    """--precision, or train.py's default on the device."""
-    return precision or ("bf16" if device.type == "cuda" else "fp32")
-
-
 def random_model(name: str, device: torch.device, **overrides: object) -> PyramidalPatchDiT:
-    """A model whose weights are all random: modulation and heads start at zero, and zeros can be faster."""
+    """Create a model whose weights are all random: modulation and heads start at zero, and zeros can be faster."""
     torch.manual_seed(0)
     model = create_model(name, **overrides).to(device)
     for parameter in model.parameters():
@@ -91,13 +158,32 @@ def random_model(name: str, device: torch.device, **overrides: object) -> Pyrami
 
 
 def baseline(name: str) -> str:
-    """The SiT of a model's size: PPF-B-2 -> SiT-B/2."""
+    """Name the SiT of a model's size: PPF-B-2 -> SiT-B/2."""
     fields = {key: value for key, value in MODELS[name].items() if key != "patch_sizes"}
     return next(known for known, other in MODELS.items() if other == {"patch_sizes": ((2, 2),), **fields})
 
 
+class ZeroField:
+    """A field that is zero: solvers call it as they call a network, so that their evaluations can be counted."""
+
+    num_classes = 0
+
+    def __init__(self, num_levels: int) -> None:
+        self.num_levels = num_levels
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, level: int = 0) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Time
+
+
+class Seconds(NamedTuple):
+    """Durations of one call among several repetitions."""
+
+    first: float  # the very first one, compilation included
+    median: float  # of those after the warm-up
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -111,39 +197,22 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(
-    calls: Mapping[object, Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    warmup: int = WARMUP,
-    note: str = "",
-) -> dict[object, float]:
-    """Median seconds of each call. They take turns, back and forth, so that noise of the machine hits all alike."""
-    seconds: dict[object, list[float]] = {key: [] for key in calls}
-    with tqdm(total=(warmup + repeats) * len(calls), desc=note, leave=False, disable=not sys.stderr.isatty()) as bar:
-        for _ in range(warmup):
-            for call in calls.values():
-                call()
-                bar.update()
-        for repeat in range(repeats):
-            for key in calls if repeat % 2 == 0 else reversed(calls):
+def time_in_turns(
+    calls: Mapping[Any, Callable[[], object]], repeats: int, device: torch.device, note: str = ""
+) -> dict[Any, Seconds]:
+    """Time each call `repeats` times. They take turns, back and forth, so that noise of the machine hits all alike."""
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    rounds = WARMUP + repeats
+    with tqdm(total=rounds * len(calls), desc=note, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for turn in range(rounds):
+            for key in calls if turn % 2 == 0 else reversed(calls):
                 seconds[key].append(seconds_of(calls[key], device))
                 bar.update()
-    return {key: statistics.median(taken) for key, taken in seconds.items()}
+    return {key: Seconds(taken[0], statistics.median(taken[WARMUP:])) for key, taken in seconds.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rates
-
-
-def peak_flops(tflops: float | None, precision: str, device: torch.device) -> tuple[float, str]:
-    """FLOP/s that utilisation is relative to, and where the number is from.
-
-    Args:
-        tflops: --peak-tflops, or None for the data sheet's number or else a measured one
-    """
-    if tflops is not None:
-        return tflops * 1e12, "as given"
+def peak_flops(precision: str, device: torch.device) -> tuple[float, str]:
+    """FLOP/s that utilisation is relative to, and its source: the data sheet, else a product of two large matrices."""
     known = [peak for name, peak in PEAK_TFLOPS.items() if name in device_name(device)]
     if precision == "bf16" and known:
         return known[0] * 1e12, "dense bf16, data sheet"
@@ -156,7 +225,7 @@ def peak_flops(tflops: float | None, precision: str, device: torch.device) -> tu
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is printed
+# Text
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -167,13 +236,18 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def print_profile(call: Callable[[], object], device: torch.device, title: str) -> None:
-    """Print the operators that take most of the device's time."""
+def at_most(value: float, bound: float) -> str:
+    """Compare a number with its target, in words."""
+    return f"{'within' if value <= bound else 'MORE THAN'} {bound:g}"
+
+
+def profile_of(call: Callable[[], object], device: torch.device, title: str) -> str:
+    """Table of the operators that take most of the device's time."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     call()
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED_CALLS):
             seconds_of(call, device)
-    print(f"\n{title}: {PROFILED_CALLS} calls")
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(order, PROFILE_ROWS, max_name_column_width=60), flush=True)
+    text = profiler.key_averages().table(order, PROFILE_ROWS, max_name_column_width=60)
+    return f"{title}: {PROFILED_CALLS} calls\n{text}"

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.autoencoder import Autoencoder
+from data.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from data.images import ImageArchive, ImageFolderDataset
 from data.latents import LatentShards, digest, shard_files
 
@@ -109,3 +109,35 @@ def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoenco
         raise FileNotFoundError(
             f"--data-path {path}: looked for {LOOKED_FOR} ({', '.join(IMG_EXTENSIONS)} files): {reason}"
         ) from error
+
+
+def open_training_data(
+    path: str, image_size: int | None, vae: str | None, shown: bool, device: torch.device
+) -> tuple[AnyDataset, Autoencoder | None, str]:
+    """The dataset that a network is trained on, and the autoencoder of its latents.
+
+    Args:
+        path, image_size: as for `open_dataset`
+        vae:              --vae; None for the dataset's own, or Stable Diffusion's
+        shown:            samples are decoded for previews
+        device:           where the autoencoder computes
+
+    Returns:
+        the dataset; the autoencoder, None where nothing is encoded or shown; the autoencoder's name.
+
+    Raises:
+        ValueError, OSError: if either cannot be had, or they do not fit together.
+    """
+    autoencoder = load_autoencoder(vae, device) if vae else None
+    dataset = open_dataset(path, image_size, autoencoder)
+    if dataset.kind == "digits" and vae not in (None, "none"):
+        raise ValueError(f"digits are trained on as pixels: leave --vae {vae} out")
+    default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
+    name = autoencoder_name(vae or default or "none")
+    if name == "none" and dataset.kind == "latents" and shown:
+        raise ValueError(f"{path} does not say which autoencoder decodes it: give --vae, or --sample-every 0")
+    if autoencoder is None and (dataset.kind == "images" or shown):
+        autoencoder = load_autoencoder(name, device)
+    if dataset.kind == "latents" and autoencoder is not None and autoencoder.name != "none":
+        autoencoder = autoencoder.with_scaling(dataset.scaling)
+    return dataset, autoencoder, name

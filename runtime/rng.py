@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
 import torch
+
+from transport import Transport
 
 
 class Stream(IntEnum):
@@ -35,3 +37,33 @@ def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream
     # torch seeds its CPU generator from 32 bits, where hashes of many indices would collide; an odd stride cannot.
     first, stride = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(int(stream),)).generate_state(2))
     return [torch.Generator().manual_seed((first + index * (stride | 1)) % 2**32) for index in indices]
+
+
+def draw_step(
+    step: int,
+    positions: range,
+    shape: Sequence[int],
+    transport: Transport,
+    seed: int,
+    batch_size: int,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's random numbers of a step.
+
+    Args:
+        positions:  the rank's n samples, numbered over the whole run
+        shape:      of one sample
+        batch_size: of all ranks together
+        dropout:    probability that a label is made null
+
+    Returns:
+        times (n,), noise (n, *shape), and which labels to drop (n,). Times and drops are drawn for the whole batch and
+        cut; noise belongs to the sample's position.
+    """
+    local = slice(positions.start - step * batch_size, positions.stop - step * batch_size)
+    (time_generator,) = sample_generators(seed, [step], Stream.TIME)
+    (dropout_generator,) = sample_generators(seed, [step], Stream.DROPOUT)
+    t = transport.sample_times(batch_size, time_generator)[local]
+    drop = torch.rand(batch_size, generator=dropout_generator)[local] < dropout
+    x0 = transport.noise.sample((len(positions), *shape), sample_generators(seed, positions, Stream.NOISE))
+    return t, x0, drop

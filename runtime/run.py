@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from runtime.errors import UserError
 from runtime.files import complete_file
 from runtime.logs import RunLog, save_grid
 from runtime.preemption import Preemption
+from runtime.speed import precision_note
 
 LOCK_PATIENCE = 45.0  # seconds
 
@@ -290,6 +291,16 @@ class Run:
         """Print a line, and keep it in log.txt."""
         if self.log:
             self.log.text(line)
+
+    def introduce(self, model: str, data: str, precision: str, notes: Sequence[str]) -> None:
+        """Begin the log: what is trained on what, with which precision, and what there is to note about it."""
+        self.say(model)
+        device = self.processes.device
+        self.say(f"{data}; {self.processes.world_size} process(es) on {device.type}, {precision}; {self.folder}")
+        for line in notes:
+            self.say(f"warning: {line}")
+        if line := precision_note(precision, device):
+            self.say(f"note: {line}")
 
     def record(self, values: dict[str, Any]) -> None:
         """Log the metrics of a step."""

@@ -21,7 +21,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from benchmarks import checkpoints as benchmark
 from data.datasets import Digits
 from data.order import StepSampler, TrainingStream
 from runtime import checkpoints
@@ -449,7 +448,7 @@ def test_a_signal_saves_the_step_and_the_same_command_ends_alike(
 ) -> None:
     import train as script
 
-    owner, name = {"forward": (script, "draw_step"), "preview": (script.Pipeline, "images")}[where]
+    owner, name = {"forward": (script.rng, "draw_step"), "preview": (script.Pipeline, "images")}[where]
     flags = [*TINY, "--run-dir", str(tmp_path), "--max-steps", "20", "--log-every", "1", "--sample-every", "6"]
     original: Callable = getattr(owner, name)
 
@@ -471,16 +470,3 @@ def test_a_signal_saves_the_step_and_the_same_command_ends_alike(
     saved, expected = (torch.load(checkpoint_path(folder, 20), weights_only=True) for folder in (tmp_path, tiny_run))
     for part in ("model", "ema"):
         assert all(torch.equal(saved[part][name], expected[part][name]) for name in expected[part])
-
-
-# -- Cost --------------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_prints_a_row_for_each_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["--model", "ppflow_t_2", "--steps", "1", "--checkpoints", "2", "--device", "cpu"])
-    first, header, *rows, last = capsys.readouterr().out.splitlines()
-    assert "PPF-T-2" in first
-    assert "stall/write" in header
-    assert [row.split()[0] for row in rows] == ["0", "1"]
-    assert all(int(row.split()[1]) > 4 * 4 * 1.8 for row in rows)  # MB: four times 1.8 M floats
-    assert last.startswith("median stall ")

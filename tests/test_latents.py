@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
 import latents as room
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,11 +14,10 @@ from scipy import stats
 from small_autoencoders import change_config, open_kl, save_kl
 from torch.utils.data import DataLoader
 
-from benchmarks import data as benchmark
 from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from data.datasets import open_dataset
 from data.latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
-from data.order import StepSampler, TrainingStream, training_loader
+from data.order import StepSampler, TrainingStream, identity_collate, training_loader
 from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
@@ -202,13 +199,30 @@ def test_spawned_workers_are_sent_no_data(tmp_path, space):
     assert torch.equal(batches["fork"], batches["spawn"])
 
 
-def test_memory_does_not_follow_the_data(tmp_path):
-    folder = benchmark.make_shards(tmp_path, samples=3000, shards=3, dtype="fp32")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    benchmark.growth(folder, batches=4, batch_size=64)
-    grown = benchmark.growth(folder, batches=40, batch_size=64)  # reads 80 MB out of 190 MB
-    assert size > 180e6
-    assert grown < 20e6
+def resident_bytes() -> int:
+    """Memory of this process, mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def growth(folder: Path, batches: int) -> int:
+    """Bytes by which this process's memory grows, at its peak, while it opens shards and reads batches of 64."""
+    before = peak = resident_bytes()
+    stream = TrainingStream(LatentShards(folder), seed=0)
+    for first in range(0, 64 * batches, 64):
+        stream.__getitems__(range(first, first + 64))
+        peak = max(peak, resident_bytes())
+    return peak - before
+
+
+def test_memory_does_not_follow_the_data(tmp_path, space):
+    names = ("latents", "latents_flip", "latents_std", "latents_flip_std")
+    tensors = {name: torch.rand(1000, 4, 32, 32) for name in names} | {"labels": torch.arange(1000) % 7}
+    for number in range(3):
+        write_shard(tmp_path / shard_name(number), tensors, shard_metadata(space, 256, 7, 3))
+    growth(tmp_path, batches=4)  # torch's own threads and buffers
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 180e6
+    assert growth(tmp_path, batches=40) < 20e6  # reads 80 MB
 
 
 # -- Shards of LightningDiT ----------------------------------------------------------------------------------------
@@ -273,58 +287,6 @@ def test_lightningdit_reads_our_shards(tmp_path, space):
                 assert shard.get_slice("labels")[row : row + 1].squeeze(0) == stored["labels"][found]
                 found += 1
     assert found == 12
-
-
-# -- Identity ------------------------------------------------------------------------------------------------------
-
-
-def changed(before: dict[str, object], after: dict[str, object]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if before[name] != after[name]}
-
-
-def test_shards_are_the_same_wherever_they_lie(tmp_path, space, monkeypatch):
-    write_set(tmp_path / "set", space)
-    before = LatentShards(tmp_path / "set").identity()
-    assert json.loads(json.dumps(before)) == before
-    assert (before["kind"], before["images"], before["num_classes"]) == ("latents", 12, 7)
-    assert before["scaling"] == {"shift": list(SHIFT), "scale": [SCALE] * 4}
-    (tmp_path / "set").rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    assert open_dataset("moved/").identity() == open_dataset("./moved", IMAGE_SIZE).identity() == before
-    assert open_dataset("moved", None, LatentSpace("/elsewhere", space.model)).identity() == before
-
-
-def test_what_changes_in_shards_is_seen(tmp_path):
-    write_foreign(tmp_path, rows=(4, 3, 2))
-    write_statistics(tmp_path)
-    before = LatentShards(tmp_path).identity()
-    mean, std = (tensor[None] for tensor in write_statistics(tmp_path))  # LightningDiT draws other samples for them
-    assert changed(before, LatentShards(tmp_path).identity()) == {"scaling"}
-    before = LatentShards(tmp_path).identity()
-    torch.save({"mean": mean + 5, "std": std}, tmp_path / STATISTICS)
-    assert changed(before, LatentShards(tmp_path).identity()) == {"scaling"}
-    torch.save({"mean": mean, "std": std}, tmp_path / STATISTICS)
-    assert LatentShards(tmp_path).identity() == before
-
-    file = tmp_path / "latents_rank00_shard001.safetensors"
-    tensors, original = load_file(file), file.read_bytes()
-    labels = tensors["labels"].clone()
-    for row, label in ((0, 6), (1, 0), (2, 6)):
-        tensors["labels"][row] = label
-    save_file(tensors, file, metadata={"total_size": "3"})
-    assert changed(before, LatentShards(tmp_path).identity()) == {"labels"}
-    save_file({**tensors, "labels": labels.roll(1)}, file)
-    assert changed(before, LatentShards(tmp_path).identity()) <= {"labels"}
-    file.write_bytes(original)
-    assert LatentShards(tmp_path).identity() == before
-
-    file.rename(tmp_path / "latents_rank00_shard009.safetensors")  # it comes last now
-    assert changed(before, LatentShards(tmp_path).identity()) == {"names", "labels"}
-    (tmp_path / "latents_rank00_shard009.safetensors").unlink()
-    assert changed(before, LatentShards(tmp_path).identity()) >= {"images", "names", "labels"}
-    write_foreign(tmp_path, rows=(4, 3, 2), dtype=torch.float16)
-    assert changed(before, LatentShards(tmp_path).identity()) == {"names"}
 
 
 # -- Bad folders ---------------------------------------------------------------------------------------------------
@@ -450,74 +412,13 @@ def test_a_set_without_samples_is_refused(tmp_path, space):
     assert "are empty" in refusal(write_set(tmp_path, space, (0, 0)))
 
 
-@pytest.mark.parametrize("label", [-3, 2**40, 10**6])
-def test_absurd_labels_are_refused(tmp_path, space, label):
+def test_negative_labels_are_refused(tmp_path, space):
     write_foreign(tmp_path)
     file = tmp_path / "latents_rank00_shard001.safetensors"
     tensors = load_file(file)
-    tensors["labels"][1] = label
+    tensors["labels"][1] = -3
     save_file(tensors, file)
-    message = refusal(tmp_path, None, space)
-    assert f"{file} has the label {label} in row 1: labels count from 0 and are below 1,000,000" in message
-
-
-def test_labels_are_below_the_number_of_classes_that_our_shards_tell(tmp_path, space):
-    write_set(tmp_path, space)
-    file = tmp_path / shard_name(3)
-    tensors = load_file(file)
-    tensors["labels"][4] = 7
-    write_shard(file, tensors, {**shard_metadata(space, IMAGE_SIZE, 7, 4), "skipped": "[]"})
-    assert f"{file} has the label 7 in row 4: labels count from 0 and are below 7" in refusal(tmp_path)
-
-
-LIES = {
-    "format alone": {"format": room.FORMAT},
-    "a word for a number": {"image_size": "ten"},
-    "classes": {"num_classes": str(2**40)},
-    "no classes": {"num_classes": "0"},
-    "no JSON": {"scale": "{"},
-    "too many channels": {"shift": "[0, 0, 0, 0, 0]"},
-    "infinite": {"scale": "Infinity"},
-    "a word": {"scale": '"x"'},
-}
-
-
-@pytest.mark.parametrize("which", LIES)
-def test_metadata_that_cannot_be_are_damage(tmp_path, space, which):
-    metadata = {} if which == "format alone" else shard_metadata(space, IMAGE_SIZE, 7, 1)
-    write_shard(tmp_path / shard_name(0), random_tensors(3, 0), {**metadata, **LIES[which]})
-    assert "is damaged: its metadata cannot be read" in refusal(tmp_path)
-
-
-def header_of(file: Path) -> tuple[dict, bytes]:
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-HEADERS = {
-    "a list": lambda header: [1, 2],
-    "no type": lambda header: header["labels"].pop("dtype") and header,
-    "no shape": lambda header: header["latents"].pop("shape") and header,
-    "metadata of another kind": lambda header: {**header, "__metadata__": 3},
-    "an endless number": lambda header: {**header, "labels": {**header["labels"], "shape": [float("inf")]}},
-    "a place before the beginning": lambda header: {
-        **header, "latents": {**header["latents"], "data_offsets": [-720, 0]}
-    },
-    "places that overlap": lambda header: {
-        **header, "latents": {**header["latents"], "data_offsets": header["labels"]["data_offsets"]}
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("which", HEADERS)
-def test_headers_that_cannot_be_are_damage(tmp_path, space, which):
-    write_set(tmp_path, space, (3,))
-    file = tmp_path / shard_name(0)
-    header, data = header_of(file)
-    text = json.dumps(HEADERS[which](header)).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    assert f"{file} is damaged" in refusal(tmp_path)
+    assert "has the label -3" in refusal(tmp_path, None, space)
 
 
 def test_bad_statistics_are_named(tmp_path):
@@ -526,8 +427,6 @@ def test_bad_statistics_are_named(tmp_path):
     assert "has 5 channels, the shards have 4" in refusal(tmp_path)
     torch.save([1, 2], tmp_path / STATISTICS)
     assert f"{STATISTICS}: looked for tensors 'mean' and 'std'" in refusal(tmp_path)
-    torch.save({"mean": torch.zeros(4), "std": torch.tensor([1.0, 0, 1, 1])}, tmp_path / STATISTICS)
-    assert "one finite number per channel" in refusal(tmp_path)
     (tmp_path / STATISTICS).write_bytes(b"torn")
     assert "cannot read" in refusal(tmp_path)
 
@@ -540,71 +439,3 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path, space):
         opened.truncate(1000)
     with pytest.raises(OSError, match=f"{shard_name(3)} has become shorter"):
         dataset.load_many(range(12), sample_generators(0, range(12)))
-
-
-def test_a_shard_that_is_written_anew_while_it_is_read_is_named(tmp_path, space):
-    write_set(tmp_path, space)
-    dataset, late = LatentShards(tmp_path), LatentShards(tmp_path)  # the second has no file open yet
-    dataset.load_many(range(12))
-    file = tmp_path / shard_name(3)
-    data = file.read_bytes()
-    with open(file, "r+b") as opened:
-        opened.write(data[:-100] + bytes(100))
-    for each in (dataset, late):
-        each.load_many(range(7))  # of other files
-        with pytest.raises(OSError, match=f"{shard_name(3)} has been changed since it was opened: start again"):
-            each.load_many([0, 8], sample_generators(0, range(2)))
-
-
-def test_a_shard_that_is_replaced_is_read_on_as_it_was(tmp_path, space):
-    write_set(tmp_path, space)
-    dataset, late = LatentShards(tmp_path), LatentShards(tmp_path)
-    before = dataset.load_many(range(12))[0]
-    (tmp_path / shard_name(3)).unlink()
-    with pytest.raises(OSError, match=shard_name(3)):
-        late.load(8)
-    write_shard(tmp_path / shard_name(3), random_tensors(5, 9), {})
-    assert torch.equal(dataset.load_many(range(12))[0], before)
-    with pytest.raises(OSError, match=f"{shard_name(3)} has been changed"):
-        late.load(8)
-
-
-def test_a_disk_that_fails_names_the_shard(tmp_path, space, monkeypatch):
-    dataset = LatentShards(write_set(tmp_path, space))
-
-    def fail(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(room.os, "preadv", fail)
-    with pytest.raises(OSError, match=f"cannot read the shard .*{shard_name(1)}: Input/output error"):
-        dataset.load(5)
-
-
-# -- The benchmark -------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_prints_a_row_for_each_way_and_number_of_workers(capsys, tmp_path):
-    flags = ["--samples", "40", "--shards", "2", "--batch-size", "4", "--batches", "3", "--repeats", "2"]
-    benchmark.main([*flags, "--workers", "0", "1", "--parts", "reads", "--folder", str(tmp_path)])
-    title, _, head, *rows = capsys.readouterr().out.splitlines()
-    assert "40 samples 4x32x32 fp16 in 2 shard(s)" in title
-    assert head.split() == ["samples/s", "workers", "median", "lowest", "highest", "ratio"]
-    assert [row.split()[-5] for row in rows] == ["0", "0", "0", "1", "1", "1"]
-    for row in rows:
-        median, lowest, highest, ratio = map(float, row.split()[-4:])
-        assert lowest <= median <= highest
-        assert (ratio == 1) or "baseline" not in row
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_benchmarks_baseline_reads_the_same(tmp_path):
-    folder = benchmark.make_shards(tmp_path, samples=6, shards=2, dtype="fp16")
-    baseline, shards = benchmark.SafeOpenSlices(folder), LatentShards(folder)
-    stored = whole(folder)
-    np.random.seed(0)
-    for index in range(6):
-        latents, label = baseline[index]
-        choices = [stored[name][index].float() * 0.18215 for name in ("latents", "latents_flip")]
-        assert any(torch.equal(latents, choice) for choice in choices)
-        assert label == shards.load(index)[1]
-    assert json.loads(json.dumps(list(shards.image_shape))) == list(benchmark.SHAPE)

@@ -16,9 +16,10 @@ from small_autoencoders import change_config, save_kl, save_tiny
 
 import sample
 import train
+from runtime.rng import sample_generators
 from runtime.sample_store import ShardStore
 from sample_ddp import build_parser, label_of, main
-from transport import ClassifierFreeGuidance, Sampler, create_transport, sample_generators
+from transport import ClassifierFreeGuidance, Sampler, create_transport
 from weights.pretrained import convert, load_pretrained
 
 MEAN, DEVIATION = 3.0, 5.0
@@ -138,7 +139,9 @@ def test_latents_of_an_unknown_autoencoder_are_scaled_by_their_statistics(wide_r
     x0 = torch.stack([torch.randn(WIDE, 4, 4, generator=g) for g in sample_generators(0, range(5), 7)])
     y = torch.tensor([label_of(index, 2, args) for index in range(5)])
     sampler = Sampler(create_transport(**pretrained.transport))
-    x1 = sampler.sample_ode(ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y)
+    x1 = sampler.sample_ode(
+        ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y
+    )
     np.testing.assert_allclose(arrays(tmp_path, "-latents")["arr_0"], MEAN + DEVIATION * x1, rtol=1e-4, atol=1e-4)
 
 

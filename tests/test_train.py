@@ -18,8 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from models import PyramidalPatchDiT, create_model
 from runtime.errors import UserError
 from runtime.files import complete_file
+from runtime.rng import draw_step
 from runtime.speed import compile_levels, update_ema
-from train import draw_step, train
+from train import train
 from transport import Transport, create_transport
 
 
