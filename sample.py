@@ -250,7 +250,7 @@ def check_out(out: Path, picture: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run sample.py with these command-line arguments."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = cli.parse_mode_first(parser, argv)
     check_flags(parser, args)
     given = args.likelihood or args.reverse
     job, default_out = (sample, "samples.png") if not given else (round_trip, "reverse.png")

@@ -200,7 +200,7 @@ def prepare_folder(job: Job, digest: str) -> Path:
                     f"{folder} holds samples with {name} {stored.get(name)}, not {settings.get(name)}: "
                     f"choose another --sample-dir, or remove that folder"
                 )
-    with complete_file(file) as temporary:
+    with writing(folder), complete_file(file) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
     return folder
 
@@ -211,12 +211,13 @@ def make_store(job: Job, folder: Path) -> SampleStore:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the error of a disk that does not take what is written into a UserError."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn the error of a file or folder that cannot be written into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; mend that, and the same command goes on") from error
+        advice = "make room there, or choose another --sample-dir; the same command makes what is missing"
+        raise UserError(f"{path} cannot be written: {error}; {advice}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run sample_ddp.py with these command-line arguments."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = cli.parse_mode_first(parser, argv)
     check_flags(parser, args)
     processes = start_processes()
     check_same_flags(vars(args), processes, but={"ckpt", "vae", "sample_dir"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -111,6 +113,16 @@ def optional_choice(*choices: str) -> dict[str, Any]:
         return None if text == "None" else text
 
     return {"type": parse, "metavar": "{" + ",".join(("None", *choices)) + "}"}
+
+
+def parse_mode_first(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; flags before ODE or SDE, which argparse would take for another program's, are told their place."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        mode = next((word for word in argv if word in ("ODE", "SDE")), "ODE")
+        others = shlex.join(word for word in argv if word not in ("ODE", "SDE"))
+        parser.error(f"ODE or SDE comes first: {parser.prog} {mode} {others}")
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -279,5 +279,16 @@ def _read_model(name: str, weights: bool, **options: Any) -> torch.nn.Module:
         else:
             reason = "there is no such folder, and it could not be fetched from the hub"
             reason += " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            if unwritable := _file_error(error):
+                reason = f"the hub's files cannot be kept ({unwritable}): set HF_HOME to another folder"
         raise ValueError(f"cannot load the autoencoder {name}: {reason}; {advice}") from error
     raise ValueError(f"the autoencoder {name} is of the kind {kind}; {advice}")
+
+
+def _file_error(error: BaseException | None) -> OSError | None:
+    """What an error comes from, if that is a file or folder of this machine."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -320,3 +322,28 @@ def test_without_network_the_cache_serves_and_the_rest_is_one_line(tmp_path):
     assert "cannot load the autoencoder stabilityai/sd-vae-ft-ema" in line
     assert "could not be fetched from the hub (HF_HUB_OFFLINE is set)" in line
     assert "give --vae a local folder" in line
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    """The hub answers, and there is nowhere to keep what it says."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in {"ETag": '"a"', "X-Repo-Commit": "0" * 40, "Content-Length": "2"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *args) -> None: ...
+
+    (tmp_path / "file").touch()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, **ENVIRONMENT, "HF_HOME": str(tmp_path / "file" / "home"), "HF_HUB_OFFLINE": "0"}
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        command = [sys.executable, "-c", "from autoencoder import load_autoencoder\nload_autoencoder('ema')"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+        server.shutdown()
+    assert "the hub's files cannot be kept" in done.stderr
+    assert f"Not a directory: '{tmp_path}/file/home" in done.stderr
+    assert "set HF_HOME to another folder" in done.stderr

@@ -435,12 +435,25 @@ def test_bad_flags_are_named(mode: str, flags: list[str], words: str, tiny_run: 
     assert not out.exists()
 
 
+def test_the_mode_comes_first(tiny_run: Path, tmp_path: Path, refuses) -> None:
+    line = refuses(main, "--ckpt", "a b.pt", "SDE", "--seed", 1)
+    assert "ODE or SDE comes first: sample.py SDE --ckpt 'a b.pt' --seed 1" in line
+    assert "ODE or SDE comes first: sample_ddp.py ODE --ckpt a.pt" in refuses(sample_ddp.main, "--ckpt", "a.pt")
+
+
+def test_the_folder_of_a_runs_checkpoints_will_do(tiny_run: Path, tmp_path: Path) -> None:
+    main(
+        ["ODE", "--ckpt", str(tiny_run / "checkpoints"), "--num-sampling-steps", "2", "--out", str(tmp_path / "a.png")]
+    )
+
+
 def test_checkpoint_trouble_is_named(tiny_run: Path, tmp_path: Path, refuses) -> None:
     assert "is neither a file" in refuses(main, "ODE", "--ckpt", tmp_path / "none.pt")
     assert "model.safetensors" in refuses(main, "ODE", "--ckpt", tmp_path)
     whole = (tiny_run / "checkpoints" / "0000020.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     assert "half.pt" in refuses(main, "ODE", "--ckpt", tmp_path / "half.pt")
+    assert "or no file of weights?" in refuses(main, "ODE", "--ckpt", tiny_run / "config.json")
 
 
 def test_tensors_of_another_shape_are_named(tiny_run: Path, tmp_path: Path, refuses) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -290,7 +292,7 @@ def test_other_settings_end_every_process(samples: Path, tiny_run: Path) -> None
 
 def test_a_folder_that_cannot_be_made_ends_every_process(tiny_run: Path) -> None:
     text = ends_without_traceback("--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", "/dev/null/samples")
-    assert "/dev/null/samples" in text
+    assert "cannot be written: [Errno 20] Not a directory: '/dev/null/samples" in text
 
 
 def test_a_picture_that_cannot_be_written_ends_every_process(samples: Path, tiny_run: Path, refuses) -> None:
@@ -307,10 +309,25 @@ def test_a_disk_that_takes_no_npz_is_one_line(tiny_run: Path, tmp_path: Path) ->
     flags = ("--ckpt", tiny_run, "--num-fid-samples", 40, "--sample-dir", tmp_path)
     text = ends_without_traceback(*flags, limit=2)  # 40 samples of 192 bytes
     assert "npz cannot be written: [Errno 27] File too large" in text
-    assert "the same command goes on" in text
+    assert "the same command makes what is missing" in text
     assert not list(tmp_path.glob("*.npz"))
     main(["ODE", "--num-sampling-steps", "4", "--per-proc-batch-size", "1", *map(str, flags)])
     assert npz(tmp_path).shape == (40, 8, 8, 3)
+
+
+def test_names_of_any_letters_in_any_locale(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "größe_图"
+    flags = ["ODE", "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(folder), "--ckpt"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(ROOT / "sample_ddp.py"), *flags]
+    for _ in range(2):
+        done = subprocess.run([*command, str(tiny_run)], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert npz(folder).shape == (2, 8, 8, 3)
+    shutil.copy(tiny_run / "checkpoints" / "0000020.pt", tmp_path / "größe.pt")  # torch opens no such name here
+    done = subprocess.run([*command, str(tmp_path / "größe.pt")], capture_output=True, env=environment)
+    assert done.returncode == 2
+    assert b"this locale has no such letters, set PYTHONUTF8=1" in done.stderr
 
 
 def test_labels() -> None:

@@ -30,12 +30,15 @@ def read_file(path: Path) -> dict[str, Any]:
             # Memory-mapped: tensors that nobody uses (the optimizer's) are not read.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        if isinstance(error, UnicodeEncodeError):
+            raise ValueError(f"cannot read {path}: this locale has no such letters, set PYTHONUTF8=1") from error
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds {refused[1]}, not only tensors and plain data: it is not opened") from error
         # torch advises weights_only=False for files of other formats: name the exception's type instead.
         advice = isinstance(error, pickle.UnpicklingError) or not str(error).strip()
         reason = type(error).__name__ if advice else re.split(r"\. |\n", str(error).strip())[0]
-        raise ValueError(f"cannot read {path} ({path.stat().st_size:,} bytes), is it truncated? ({reason})") from error
+        size = f"{path.stat().st_size:,} bytes"
+        raise ValueError(f"cannot read {path} ({size}), is it truncated, or no file of weights? ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of tensors")
     return checkpoint

@@ -118,7 +118,8 @@ def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
     except RuntimeError as error:  # ~somebody
         raise FileNotFoundError(f"{name_or_path}: {error}") from error
     if path.is_dir():
-        file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(path)
+        run = path.parent if path.name == "checkpoints" else path
+        file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(run)
         if file is None:
             raise FileNotFoundError(f"{path} holds neither checkpoints/*.pt nor model.safetensors")
         return file
