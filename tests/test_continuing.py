@@ -30,8 +30,20 @@ from runtime.checkpoints import checkpoint_path, digest_path, find_checkpoint, n
 from runtime.run import next_run_dir
 from train import train
 
-PICTURES = ["--model", "PPF-T-2", "--image-size", "16", "--vae", "none", "--global-batch-size", "4",
-            "--num-workers", "0", "--sample-every", "0"]  # fmt: skip
+PICTURES = [
+    "--model",
+    "PPF-T-2",
+    "--image-size",
+    "16",
+    "--vae",
+    "none",
+    "--global-batch-size",
+    "4",
+    "--num-workers",
+    "0",
+    "--sample-every",
+    "0",
+]
 
 
 @pytest.fixture
@@ -63,8 +75,27 @@ def picture_run(pictures: Path, tmp_path: Path) -> Path:
 
 
 def test_what_may_change_may_change(run: Path) -> None:
-    train([*TINY, "--run-dir", str(run), "--max-steps", "21", "--log-every", "7", "--ckpt-every", "3",
-           "--num-workers", "1", "--keep-last", "2", "--keep-every", "10", "--sample-every", "0"])  # fmt: skip
+    train(
+        [
+            *TINY,
+            "--run-dir",
+            str(run),
+            "--max-steps",
+            "21",
+            "--log-every",
+            "7",
+            "--ckpt-every",
+            "3",
+            "--num-workers",
+            "1",
+            "--keep-last",
+            "2",
+            "--keep-every",
+            "10",
+            "--sample-every",
+            "0",
+        ]
+    )
     assert newest_checkpoint(run).name == "0000021.pt"
 
 
@@ -193,8 +224,24 @@ def test_changed_statistics_of_latents_are_refused(tmp_path: Path, refuses) -> N
     tensors = {"latents": latents, "latents_flip": latents.flip(-1).contiguous(), "labels": torch.arange(6) % 2}
     save_file(tensors, folder / "latents_rank00_shard000.safetensors")
     torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, folder / "latents_stats.pt")
-    train(["--model", "PPF-T-2", "--data-path", str(folder), "--global-batch-size", "4", "--num-workers", "0",
-           "--sample-every", "0", "--run-dir", str(tmp_path / "run"), "--max-steps", "1"])  # fmt: skip
+    train(
+        [
+            "--model",
+            "PPF-T-2",
+            "--data-path",
+            str(folder),
+            "--global-batch-size",
+            "4",
+            "--num-workers",
+            "0",
+            "--sample-every",
+            "0",
+            "--run-dir",
+            str(tmp_path / "run"),
+            "--max-steps",
+            "1",
+        ]
+    )
     torch.save({"mean": torch.full((1, 4, 1, 1), 5.0), "std": torch.ones(1, 4, 1, 1)}, folder / "latents_stats.pt")
     line = refuses(train, "--run-dir", tmp_path / "run", "--max-steps", "2")
     assert "the scaling of the latents changed" in line
@@ -241,8 +288,19 @@ def test_advice_of_a_refused_flag_works(run: Path, tmp_path: Path, refuses) -> N
 
     line = refuses(train, *TINY, "--ckpt", run, "--run-dir", tmp_path / "third", "--global-batch-size", "16")
     assert "start another without --ckpt (--initialize_from takes its weights)" in line
-    train([*TINY, "--initialize_from", str(run), "--run-dir", str(tmp_path / "third"), "--global-batch-size", "16",
-           "--max-steps", "1"])  # fmt: skip
+    train(
+        [
+            *TINY,
+            "--initialize_from",
+            str(run),
+            "--run-dir",
+            str(tmp_path / "third"),
+            "--global-batch-size",
+            "16",
+            "--max-steps",
+            "1",
+        ]
+    )
 
 
 def test_advice_about_a_run_without_a_good_checkpoint_works(run: Path, refuses) -> None:
@@ -380,8 +438,18 @@ def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path, refuses) -> None:
 
 def interrupted_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
     """A run that has made a few steps."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--run-dir", str(tmp_path / "run"), "--max-steps",
-               "100000", "--log-every", "1", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *TINY,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "100000",
+        "--log-every",
+        "1",
+        *flags,
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
     )
@@ -421,8 +489,17 @@ def test_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_names_without_an_encoding_reach_the_log(pictures: Path, tmp_path: Path) -> None:
     """Linux's file names are bytes, and a locale may know ASCII alone."""
     folder = pictures.rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3\xa9tude"))
-    command = [sys.executable, str(ROOT / "train.py"), *PICTURES, "--data-path", str(folder), "--max-steps", "1",
-               "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *PICTURES,
+        "--data-path",
+        str(folder),
+        "--max-steps",
+        "1",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     environment = {**os.environ, **ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr

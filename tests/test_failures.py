@@ -113,8 +113,24 @@ def nodes(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "zero", tmp_path / "one"
 
 
-PICTURES = ["--model", "PPF-T-2", "--image-size", 16, "--vae", "none", "--global-batch-size", 4, "--num-workers", 1,
-            "--sample-every", 0, "--max-steps", 50, "--data-path", "pictures"]  # fmt: skip
+PICTURES = [
+    "--model",
+    "PPF-T-2",
+    "--image-size",
+    16,
+    "--vae",
+    "none",
+    "--global-batch-size",
+    4,
+    "--num-workers",
+    1,
+    "--sample-every",
+    0,
+    "--max-steps",
+    50,
+    "--data-path",
+    "pictures",
+]
 
 
 # -- train.py ----------------------------------------------------------------------------------------------------
@@ -144,9 +160,25 @@ def test_a_loss_that_is_not_finite_on_one_rank(nodes: tuple[Path, Path], tmp_pat
     zero, one = nodes
     write_latents(zero, 1.0)
     write_latents(one, float("nan"))
-    outcome = job(f"in={one}", "train.py", "--model", "PPF-T-2", "--data-path", "latents", "--global-batch-size", 4,
-                  "--num-workers", 0, "--sample-every", 0, "--max-steps", 5, "--run-dir", tmp_path / "run",
-                  folder=zero)  # fmt: skip
+    outcome = job(
+        f"in={one}",
+        "train.py",
+        "--model",
+        "PPF-T-2",
+        "--data-path",
+        "latents",
+        "--global-batch-size",
+        4,
+        "--num-workers",
+        0,
+        "--sample-every",
+        0,
+        "--max-steps",
+        5,
+        "--run-dir",
+        tmp_path / "run",
+        folder=zero,
+    )
     assert_one_line(outcome, "the loss is not finite at step 1 for 2 sample(s)", rank="")
 
 
@@ -190,14 +222,16 @@ def test_samples_that_are_not_finite_on_one_rank(nodes: tuple[Path, Path], tiny_
     torch.save(saved, zero / "weights.pt")
     saved["ema"]["blocks.0.mlp.fc1.bias"][0] = float("nan")
     torch.save(saved, one / "weights.pt")
-    outcome = job(f"in={one}", "sample_ddp.py", *SAMPLING, "--ckpt", "weights.pt", "--sample-dir", tmp_path / "s",
-                  folder=zero)  # fmt: skip
+    outcome = job(
+        f"in={one}", "sample_ddp.py", *SAMPLING, "--ckpt", "weights.pt", "--sample-dir", tmp_path / "s", folder=zero
+    )
     assert_one_line(outcome, "not finite")
 
 
 def test_a_disk_that_is_full_on_one_node(nodes: tuple[Path, Path], tiny_run: Path, tmp_path: Path) -> None:
-    outcome = job("full-disk", "sample_ddp.py", *SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s",
-                  folder=nodes[0])  # fmt: skip
+    outcome = job(
+        "full-disk", "sample_ddp.py", *SAMPLING, "--ckpt", tiny_run, "--sample-dir", tmp_path / "s", folder=nodes[0]
+    )
     assert_one_line(outcome, "cannot be written")
 
 

@@ -104,7 +104,9 @@ def test_new_runs_are_numbered(tmp_path: Path) -> None:
     for _ in range(2):
         train([*TINY, "--results-dir", str(tmp_path), "--max-steps", "1"])
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "000-PPF-T-2-Linear-velocity", "001-PPF-T-2-Linear-velocity"]  # fmt: skip
+        "000-PPF-T-2-Linear-velocity",
+        "001-PPF-T-2-Linear-velocity",
+    ]
 
 
 # -- Continuing --------------------------------------------------------------------------------------------------
@@ -123,8 +125,22 @@ def test_continued_run_is_the_run_that_never_stopped(tiny_run: Path, tmp_path: P
 def test_ckpt_continues_in_another_folder_with_its_own_settings(tiny_run: Path, tmp_path: Path) -> None:
     source = tiny_run / "checkpoints" / "0000010.pt"
     other = tmp_path / "other"  # only the model and the data are repeated: the rest is remembered
-    train(["--data-path", "digits", "--model", "PPFlow_T_2", "--ckpt", str(source), "--run-dir", str(other),
-           "--max-steps", "20", "--log-every", "1"])  # fmt: skip
+    train(
+        [
+            "--data-path",
+            "digits",
+            "--model",
+            "PPFlow_T_2",
+            "--ckpt",
+            str(source),
+            "--run-dir",
+            str(other),
+            "--max-steps",
+            "20",
+            "--log-every",
+            "1",
+        ]
+    )
     assert_same_state(checkpoint(other, 20)["model"], checkpoint(tiny_run, 20)["model"])
 
 
@@ -150,8 +166,19 @@ def test_two_processes_follow_the_loss_curve_of_one(batch_size: int, tmp_path: P
 
 def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
     for passes in ("1", "4"):
-        train([*TINY, "--gradient-accumulation-steps", passes, "--max-steps", "5", "--log-every", "1",
-               "--run-dir", str(tmp_path / passes)])  # fmt: skip
+        train(
+            [
+                *TINY,
+                "--gradient-accumulation-steps",
+                passes,
+                "--max-steps",
+                "5",
+                "--log-every",
+                "1",
+                "--run-dir",
+                str(tmp_path / passes),
+            ]
+        )
     np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), atol=1e-5)
 
 
@@ -160,12 +187,31 @@ def test_faster_and_smaller_steps_have_the_same_losses(tmp_path: Path, monkeypat
     monkeypatch.setattr("runtime.speed.compile_levels", partial(compile_levels, backend=counter))
     torch._dynamo.reset()
     found = {}
-    for flags in ("", "--activation-checkpointing", "--compile", "--precision bf16",
-                  "--compile --activation-checkpointing --precision bf16"):  # fmt: skip
+    for flags in (
+        "",
+        "--activation-checkpointing",
+        "--compile",
+        "--precision bf16",
+        "--compile --activation-checkpointing --precision bf16",
+    ):
         run_dir = tmp_path / (flags or "plain")
         # An edge that cuts the batch into whole samples nowhere: the levels' shares change from step to step.
-        train([*TINY, "--level-edges", "0.47", "--max-steps", "5", "--log-every", "1", "--sample-every", "0",
-               "--run-dir", str(run_dir), *flags.split()])  # fmt: skip
+        train(
+            [
+                *TINY,
+                "--level-edges",
+                "0.47",
+                "--max-steps",
+                "5",
+                "--log-every",
+                "1",
+                "--sample-every",
+                "0",
+                "--run-dir",
+                str(run_dir),
+                *flags.split(),
+            ]
+        )
         found[flags] = losses(run_dir)
         log = (run_dir / "log.txt").read_text()
         assert ("first step after" in log) == ("--compile" in flags)
@@ -180,8 +226,7 @@ def test_a_run_continues_with_other_flags_of_speed(tiny_run: Path, tmp_path: Pat
     continued = tmp_path / "continued"
     shutil.copytree(tiny_run, continued)
     (continued / "checkpoints" / "0000020.pt").unlink()
-    train([*TINY, "--run-dir", str(continued), "--max-steps", "20", "--log-every", "1",
-           "--activation-checkpointing"])  # fmt: skip
+    train([*TINY, "--run-dir", str(continued), "--max-steps", "20", "--log-every", "1", "--activation-checkpointing"])
     np.testing.assert_allclose(losses(continued), losses(tiny_run), rtol=1e-4)
 
 
@@ -300,8 +345,23 @@ def test_deterministic_runs_on_cuda_have_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path_type", ["Linear", "GVP", "VP"])
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
 def test_every_path_and_prediction_trains_with_levels(path_type: str, prediction: str, tmp_path: Path) -> None:
-    train([*TINY, "--path-type", path_type, "--prediction", prediction, "--max-steps", "12", "--log-every", "4",
-           "--level-edges", "0.3", "--run-dir", str(tmp_path)])  # fmt: skip
+    train(
+        [
+            *TINY,
+            "--path-type",
+            path_type,
+            "--prediction",
+            prediction,
+            "--max-steps",
+            "12",
+            "--log-every",
+            "4",
+            "--level-edges",
+            "0.3",
+            "--run-dir",
+            str(tmp_path),
+        ]
+    )
     values = losses(tmp_path)
     assert np.isfinite(values).all()
     assert values[-1] < values[0]
@@ -309,16 +369,46 @@ def test_every_path_and_prediction_trains_with_levels(path_type: str, prediction
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
-        train([*TINY, "--precision", precision, "--max-steps", "8", "--log-every", "8",
-               "--run-dir", str(tmp_path / precision)])  # fmt: skip
+        train(
+            [
+                *TINY,
+                "--precision",
+                precision,
+                "--max-steps",
+                "8",
+                "--log-every",
+                "8",
+                "--run-dir",
+                str(tmp_path / precision),
+            ]
+        )
     assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
     np.testing.assert_allclose(losses(tmp_path / "bf16"), losses(tmp_path / "fp32"), rtol=0.02)
 
 
 def test_image_folder_trains_in_pixel_space(picture_folder: Path, tmp_path: Path) -> None:
-    train(["--data-path", str(picture_folder), "--model", "PPF-T-3", "--image-size", "16", "--vae", "none",
-           "--epochs", "3", "--global-batch-size", "4", "--num-workers", "2", "--log-every", "1",
-           "--run-dir", str(tmp_path / "run")])  # fmt: skip
+    train(
+        [
+            "--data-path",
+            str(picture_folder),
+            "--model",
+            "PPF-T-3",
+            "--image-size",
+            "16",
+            "--vae",
+            "none",
+            "--epochs",
+            "3",
+            "--global-batch-size",
+            "4",
+            "--num-workers",
+            "2",
+            "--log-every",
+            "1",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert len(losses(tmp_path / "run")) == 9  # 3 epochs of 12 pictures in batches of 4
     assert checkpoint(tmp_path / "run", 9)["config"]["model"]["num_classes"] == 3
     assert Image.open(tmp_path / "run" / "samples" / "0000009.png").size == (8 * 66 + 2, 3 * 66 + 2)
@@ -442,9 +532,25 @@ def test_torn_picture_is_named_with_a_way_out(picture_folder: Path, tmp_path: Pa
     torn = picture_folder / "ant" / "0.png"
     torn.write_bytes(torn.read_bytes()[:200])
     for workers in (0, 1):
-        line = refuses(train, "--data-path", picture_folder, "--model", "PPF-T-2", "--image-size", 16, "--vae", "none",
-                       "--global-batch-size", 12, "--max-steps", 1, "--num-workers", workers,
-                       "--run-dir", tmp_path / str(workers))  # fmt: skip
+        line = refuses(
+            train,
+            "--data-path",
+            picture_folder,
+            "--model",
+            "PPF-T-2",
+            "--image-size",
+            16,
+            "--vae",
+            "none",
+            "--global-batch-size",
+            12,
+            "--max-steps",
+            1,
+            "--num-workers",
+            workers,
+            "--run-dir",
+            tmp_path / str(workers),
+        )
         assert f"error: cannot read the image {torn}" in line
         assert "--skip-unreadable" in line
 

@@ -19,9 +19,28 @@ import models
 
 HERE = Path(__file__).resolve().parent
 SIZE = {"depth": 1, "hidden_size": 4, "num_heads": 1}
-FLAGS = ["--data-path", "digits", "--model", "PPF-T-2", "--global-batch-size", "16", "--lr", "1e-2",
-         "--num-workers", "0", "--sample-every", "0", "--ckpt-every", "2", "--log-every", "1", "--max-grad-norm", "1",
-         "--max-steps", "4"]  # fmt: skip
+FLAGS = [
+    "--data-path",
+    "digits",
+    "--model",
+    "PPF-T-2",
+    "--global-batch-size",
+    "16",
+    "--lr",
+    "1e-2",
+    "--num-workers",
+    "0",
+    "--sample-every",
+    "0",
+    "--ckpt-every",
+    "2",
+    "--log-every",
+    "1",
+    "--max-grad-norm",
+    "1",
+    "--max-steps",
+    "4",
+]
 
 
 def main() -> None:
