@@ -286,7 +286,7 @@ def _read_model(name: str, weights: bool, **options: Any) -> torch.nn.Module:
 
 
 def _file_error(error: BaseException | None) -> OSError | None:
-    """What an error comes from, if that is a file or folder of this machine."""
+    """Cause of an error, if that is a file or folder of this machine."""
     while error is not None:
         if isinstance(error, OSError) and error.filename is not None:
             return error

@@ -30,7 +30,7 @@ class TrainingStream(Dataset):
         self._epoch, self._permutation = -1, np.empty(0, np.int64)  # the last one used
 
     def index(self, position: int) -> int:
-        """Which of the dataset's images is at a position of the run."""
+        """Index in the dataset of the sample at a position of the run."""
         epoch, offset = divmod(position, len(self.dataset))
         if epoch != self._epoch:
             (generator,) = sample_generators(self.seed, [epoch], Stream.SHUFFLE)

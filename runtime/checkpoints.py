@@ -37,7 +37,7 @@ CHUNK = 1 << 22  # bytes that are hashed and written at a time
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"{step:07d}.pt"
 
 
@@ -53,13 +53,13 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def describe_newest_checkpoint(run_dir: Path) -> str:
-    """What a run that fails leaves behind."""
+    """Name the newest checkpoint, for the message of a run that fails."""
     kept = newest_checkpoint(run_dir)
     return f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
 
 
 def digest_path(path: Path) -> Path:
-    """Where the digest of a checkpoint is."""
+    """Path of the digest of a checkpoint."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -67,7 +67,7 @@ def digest_path(path: Path) -> Path:
 # Reading
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """Find out what is wrong with a checkpoint's file; None if every bit is as it was written.
 
     A file that cannot be read is not damaged: network disks fail for seconds, and what they hold is whole afterwards.
@@ -109,7 +109,7 @@ def _damage(path: Path) -> str | None:
 
 
 def digest_line(path: Path, digest: str) -> bytes:
-    """What a checkpoint's digest file holds."""
+    """Content of a checkpoint's digest file."""
     return f"{digest}  {path.name}\n".encode()
 
 
@@ -122,7 +122,7 @@ def newest_good(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_of(run_dir)):
-        reason = damage(path)
+        reason = find_damage(path)
         if reason is None:
             return path, damaged
         damaged[path] = reason
@@ -155,7 +155,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[Path, str]]:
         return newest, damaged
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if reason := damage(path):
+    if reason := find_damage(path):
         raise ValueError(f"cannot read checkpoint {path}, is it truncated? {reason}")
     return path, {}
 

@@ -53,12 +53,12 @@ def start_processes() -> Processes:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that is divided among all (train.py --shard); else the tensor itself."""
+    """This process's part of a tensor that is divided among all (train.py --shard); else the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main process's value, on every process."""
+    """Broadcast the main process's value and return it on every process. Collective."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -67,7 +67,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, processes: Processes) -> list[Any]:
-    """Every process's value, in order of rank, on the main process; an empty list elsewhere."""
+    """Gather every process's value, in order of rank, on the main process; an empty list elsewhere. Collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * processes.world_size if processes.is_main else None

@@ -17,7 +17,7 @@ LARGEST_NORM = 1e19  # of a gradient without clipping: AdamW keeps squares in fp
 
 
 class Health(NamedTuple):
-    """What all processes know about a step."""
+    """Facts about a step that all processes agree on."""
 
     norm: torch.Tensor  # of the gradient, on the device
     grad_norm: float  # the same, on the host

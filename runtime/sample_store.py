@@ -1,4 +1,4 @@
-"""Where the many samples of sample_ddp.py lie until all are there, and the .npz made of them.
+"""Stores for the many samples of sample_ddp.py until all are there, and the .npz made of them.
 
 A sample is stored complete or not at all, with its log-density where that was asked for. It is found again by its
 number, so that processes, batches and interruptions leave no trace.

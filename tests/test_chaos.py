@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
-from runtime.checkpoints import checkpoint_path, checkpoints_of, damage, newest_good
+from runtime.checkpoints import checkpoint_path, checkpoints_of, find_damage, newest_good
 from runtime.preemption import EXIT_PREEMPTED
 
 KILLS = int(os.environ.get("CHAOS_KILLS", 5))
@@ -218,7 +218,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
             hit = kill_at_random(job, rng) if sum(hits.values()) < KILLS_PER_RUN else None
             if hit:
                 hits[hit] += 1
-                assert not any(damage(path) for path in checkpoints_of(run_dir))  # complete or absent
+                assert not any(find_damage(path) for path in checkpoints_of(run_dir))  # complete or absent
         assert job.end() == 0, job.text()
         assert "Traceback" not in job.text()
         assert_same_bits(run_dir, undisturbed(processes))

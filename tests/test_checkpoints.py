@@ -28,8 +28,8 @@ from runtime.checkpoints import (
     CheckpointWriter,
     checkpoint_path,
     checkpoints_of,
-    damage,
     digest_path,
+    find_damage,
     newest_checkpoint,
     newest_good,
     remove_leftovers,
@@ -93,13 +93,13 @@ def test_a_file_without_its_digest_is_checked_by_the_sums_of_its_records(run_dir
     path = checkpoint_path(run_dir, 1)
     save_checkpoint(path, state(1))
     digest_path(path).unlink()
-    assert damage(path) is None
+    assert find_damage(path) is None
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1  # in the middle of a tensor
     path.write_bytes(data)
-    assert "data/" in damage(path)
+    assert "data/" in find_damage(path)
     path.write_bytes(data[: len(data) // 2])
-    assert "cannot be read" in damage(path)
+    assert "cannot be read" in find_damage(path)
 
 
 def test_the_digest_is_that_of_sha256sum(run_dir: Path) -> None:

@@ -369,7 +369,7 @@ def test_flips_in_the_directory_of_a_file_without_digest_are_damage(run: Path) -
         data = bytearray(whole)
         data[rng.integers(directory, len(whole))] ^= 1 << int(rng.integers(8))
         other.write_bytes(data)
-        checkpoints.damage(other)  # raises nothing; a flip in a comment or a date is none
+        checkpoints.find_damage(other)  # raises nothing; a flip in a comment or a date is none
 
 
 # -- Locks and folders -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ LIMIT = 60  # seconds from the start to the end of the job; a healthy start take
 
 
 class Outcome(NamedTuple):
-    """What a job of two processes leaves."""
+    """Exit code and output of a job of two processes."""
 
     code: int  # torchrun's
     errors: list[str]  # lines of the script about errors
