@@ -177,11 +177,13 @@ appears: PPFlow ([arXiv:2506.23543](https://arxiv.org/abs/2506.23543)), and with
 {{ shape }}
 
 ```python
+from models import PyramidalPatchDiT
 from pipeline import Pipeline
-from transport import ODE, Guidance
+from transport import ODE, Guidance, PatchSchedule, create_transport
 
-pipe = Pipeline.load("{{ repo_id | default("path/or/repository", true) }}")
-x1 = pipe.latents([0], ODE(num_steps=50), Guidance(4.0), seed=1)
+model = PyramidalPatchDiT.from_pretrained("{{ repo_id | default("path/or/repository", true) }}")
+transport = create_transport(level_edges=PatchSchedule.default(model.num_levels).level_edges)
+x1 = Pipeline(model, transport).latents([0], ODE(num_steps=50), Guidance(4.0), seed=1)
 ```
 """
 

@@ -27,7 +27,7 @@ from data.autoencoder import (
 from models import PyramidalPatchDiT
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
-from runtime.speed import compile_levels, use_precision
+from runtime.speed import compile_levels, default_precision, use_precision
 from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
 from weights.pretrained import load_pretrained
@@ -125,16 +125,17 @@ class Pipeline:
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
         return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed)
 
-    def to(self, device: str | torch.device, precision: str = "fp32", compile: bool = False) -> Pipeline:
+    def to(self, device: str | torch.device, precision: str | None = None, compile: bool = False) -> Pipeline:
         """Prepare the network for a device, in place; solvers compute in fp32 whatever the precision.
 
         Args:
-            precision: "fp32", "tf32" or "bf16"
+            precision: "fp32", "tf32" or "bf16"; None for tf32 on CUDA, else fp32
             compile:   compile the blocks: seconds of waiting at the first evaluation, then faster ones
 
         Raises:
             ValueError: if the weights were rounded to bf16 before.
         """
+        precision = precision or default_precision(torch.device(device), training=False)
         if self.precision == "bf16" and precision != "bf16":
             raise ValueError("the weights are in bf16 already: load them again for another precision")
         self.model.to(device).eval().requires_grad_(False)
@@ -215,8 +216,8 @@ class Pipeline:
         labels: Sequence[int],
         solver: Solver = DEFAULT_ODE,
         guidance: Guidance = UNGUIDED,
-        seed: int = 0,
         generators: Sequence[torch.Generator] | None = None,
+        seed: int = 0,
     ) -> torch.Tensor:
         """Draw images (N, C, H, W) in about [-1, 1]; see `latents`."""
         return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed))
@@ -277,13 +278,17 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         num_probes: int = 1,
         generators: Sequence[torch.Generator] | None = None,
+        seed: int = 0,
     ) -> torch.Tensor:
         """Log-density in nats (N,) of data x1 (N, C, h, w), as the network sees it; raises as `latents`.
 
         Args:
             num_probes: probes averaged for the divergence
             generators: of the probes, one per sample
+            seed:       of the generators where none are given
         """
+        if generators is None:
+            generators = sample_generators(seed, range(len(x1)), Stream.PROBES)
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
         settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}

@@ -249,7 +249,7 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
     add("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
     add("--loss-weight", help="weight of the loss over time", **optional_choice("velocity", "likelihood"))
     add("--train-eps", type=finite_float, help="distance of training from singular ends of [0, 1]")
-    add("--sample-eps", type=finite_float, help="the same in sampling")
+    add("--sample-eps", type=finite_float, help="distance of sampling from singular ends of [0, 1]")
     add(
         "--level-edges",
         type=float,

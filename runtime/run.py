@@ -46,7 +46,7 @@ OF_A_START = {
     "compile",
     "shard",
     "activation_checkpointing",
-    "joint_levels",
+    "joint_levels",  # of earlier versions
     "patch_level",
 }
 # The others are remembered. These may be given other values at any time,
