@@ -189,10 +189,10 @@ def prepare_folder(job: Job, digest: str) -> Path:
     file = folder / "settings.json"
     if file.exists():
         try:
-            stored = json.loads(file.read_text())
-        except ValueError as error:
+            stored = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{file} is damaged: remove {folder}, or choose another --sample-dir") from error
-        if len(stored["weights"]) == 16 and stored["weights"] in earlier_fingerprints(job.pipe.model):
+        if len(stored.get("weights", "")) == 16 and stored["weights"] in earlier_fingerprints(job.pipe.model):
             stored["weights"] = digest
         for name in sorted(settings.keys() | stored.keys()):
             if settings.get(name) != stored.get(name):
@@ -255,7 +255,7 @@ def generate(job: Job, store: SampleStore, missing: list[int], processes: Proces
     """Draw this process's share of the missing samples and store them."""
     args, pipe, wanted = job.args, job.pipe, set(missing)
     batches = plan_batches(missing, args.per_proc_batch_size, job.solver.adaptive)
-    with tqdm(total=len(missing), unit="image", desc="samples", disable=not processes.is_main) as progress:
+    with tqdm(total=len(missing), unit="sample", desc="samples", disable=not processes.is_main) as progress:
         for number, batch in enumerate(batches[processes.rank :: processes.world_size]):
             labels = [label_of(index, pipe.model.num_classes, args) for index in batch]
             generators = sample_generators(args.global_seed, batch, Stream.SAMPLES)

@@ -1,4 +1,4 @@
-"""sample.py and sample_utils.py: pictures, their cost, likelihood, there and back, and bad input."""
+"""sample.py: pictures, their cost, likelihood, there and back, and bad input."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample_ddp
+from pipeline import EvaluationCounter
 from runtime.speed import compile_levels, precision_note
 from sample import main
 from train import train
@@ -265,21 +266,22 @@ def diverged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "scipy_solver", "euler", "Euler"])
-@pytest.mark.parametrize("question", [[], ["--likelihood"], ["--reverse"]])
+GIVEN = ["--data-path", "digits", "--num-images", "2"]
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "scipy_solver", "euler"])
+@pytest.mark.parametrize("question", [[], ["--likelihood", *GIVEN], ["--reverse", *GIVEN]])
 def test_a_network_that_diverged_is_one_line(
     method: str, question: list[str], diverged: Path, tmp_path: Path, refuses
 ) -> None:
-    mode, out = "SDE" if method == "Euler" else "ODE", tmp_path / "a.png"
-    if mode == "SDE" and question:
-        return
-    given = ["--data-path", "digits", "--num-images", "2"] if question else []
-    line = refuses(main, mode, "--ckpt", diverged, "--sampling-method", method, *question, *given, "--out", out)
+    out = tmp_path / "a.png"
+    line = refuses(main, "ODE", "--ckpt", diverged, "--sampling-method", method, *question, "--out", out)
     assert "the weights of PPF-T-2 at step 20 are not finite" in line
     if method in ("dopri5", "bosh3"):
         assert f"{method} failed between t = " in line
     assert len(line) < 300
     assert not out.exists()
+    assert "are not finite" in refuses(main, "SDE", "--ckpt", diverged, "--num-sampling-steps", 3, "--out", out)
 
 
 def test_a_field_too_steep_for_an_adaptive_method_is_one_line(tiny_run: Path, tmp_path: Path, refuses) -> None:
@@ -287,6 +289,17 @@ def test_a_field_too_steep_for_an_adaptive_method_is_one_line(tiny_run: Path, tm
     line = refuses(main, "ODE", "--ckpt", tiny_run, *steep, "--out", tmp_path / "a.png")
     assert "dopri5 failed between t = 0 and 0.5: " in line
     assert "lower --cfg-scales, or give another --sampling-method, as ab2" in line
+
+
+def test_too_little_memory_is_one_line(tiny_run: Path, tmp_path: Path, monkeypatch, refuses) -> None:
+    def full(self: EvaluationCounter, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EvaluationCounter, "__call__", full)
+    line = refuses(main, "ODE", "--ckpt", tiny_run, "--out", tmp_path / "a.png")
+    assert "memory is too small for the samples of a batch: lower --batch-size" in line
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", tmp_path]
+    assert "lower --per-proc-batch-size" in refuses(sample_ddp.main, "SDE", *flags)
 
 
 # -- The process ---------------------------------------------------------------------------------------------------

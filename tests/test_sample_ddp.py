@@ -241,9 +241,10 @@ def test_a_folder_with_an_earlier_fingerprint_goes_on(samples: Path, tiny_run: P
 
 def test_damaged_settings_are_named(samples: Path, tiny_run: Path, refuses) -> None:
     (file,) = samples.rglob("settings.json")
-    file.write_text("{")
     flags = ["ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples]
-    assert f"{file} is damaged" in refuses(main, *flags)
+    for content in ("{", "3"):
+        file.write_text(content)
+        assert f"{file} is damaged" in refuses(main, *flags)
 
 
 def test_steps_that_an_adaptive_method_does_not_take_make_no_other_folder(
@@ -290,9 +291,10 @@ def test_other_settings_end_every_process(samples: Path, tiny_run: Path) -> None
     assert "label_sampling random, not balanced" in text
 
 
-def test_a_folder_that_cannot_be_made_ends_every_process(tiny_run: Path) -> None:
-    text = ends_without_traceback("--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", "/dev/null/samples")
-    assert "cannot be written: [Errno 20] Not a directory: '/dev/null/samples" in text
+def test_a_folder_that_cannot_be_made_is_one_line(tiny_run: Path, refuses) -> None:
+    line = refuses(main, "ODE", "--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", "/dev/null/samples")
+    assert "cannot be written: [Errno 20] Not a directory: '/dev/null/samples" in line
+    assert "choose another --sample-dir" in line
 
 
 def test_a_picture_that_cannot_be_written_ends_every_process(samples: Path, tiny_run: Path, refuses) -> None:
