@@ -47,6 +47,7 @@ class Pipeline:
         autoencoder: or its name ("none" for pixels): it is then read or fetched when first needed
         scaling:     of the latents, where it is not the autoencoder's own
         name:        of the network, for people
+        source:      the file that it comes from, for messages
         step:        of training; 0 if unknown
         changed:     settings of the process that `load` changed
     """
@@ -60,10 +61,12 @@ class Pipeline:
         name: str = "",
         step: int = 0,
         changed: Mapping[str, Any] | None = None,
+        source: str = "",
     ) -> None:
         self.model = model
         self.transport = transport
         self.name = name
+        self.source = source or name
         self.step = step
         self.scaling = scaling
         self.changed = dict(changed or {})
@@ -123,7 +126,7 @@ class Pipeline:
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
-        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed)
+        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed, str(source))
 
     def to(self, device: str | torch.device, precision: str | None = None, compile: bool = False) -> Pipeline:
         """Prepare the network for a device, in place; solvers compute in fp32 whatever the precision.
@@ -171,7 +174,7 @@ class Pipeline:
         if self._autoencoder.channels not in (None, self.model.in_channels):
             raise ValueError(
                 f"the autoencoder {self._autoencoder.name} has {self._autoencoder.channels} channels, "
-                f"{self.name} {self.model.in_channels}"
+                f"{self.source} {self.model.in_channels}"
             )
         return self._autoencoder
 
@@ -187,13 +190,13 @@ class Pipeline:
         name = self._autoencoder if isinstance(self._autoencoder, str) else self._autoencoder.name
         if self.scaling is not None:
             if vae is not None:
-                raise ValueError(f"{self.name} knows how its latents are scaled: leave --vae out with --latents")
+                raise ValueError(f"{self.source} tells how its latents are scaled: leave --vae out with --latents")
             self._autoencoder = RawLatents(name, self.scaling)
             return
         name = autoencoder_name(vae or name)
         if name == "none":
             raise ValueError(
-                f"{self.name} makes images, or does not tell how its latents are scaled: leave --latents out, "
+                f"{self.source} makes images, or does not tell how its latents are scaled: leave --latents out, "
                 "or give --vae"
             )
         self._autoencoder = load_raw_latents(name)

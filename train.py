@@ -28,7 +28,7 @@ import train_utils as cli
 from data import order
 from data.autoencoder import Autoencoder
 from data.datasets import AnyDataset, open_training_data
-from models import PyramidalPatchDiT, canonical_name, create_model
+from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
 from runtime.errors import UserError, run_script
@@ -101,11 +101,10 @@ def build(
     if num_classes < dataset.num_classes:
         raise ValueError(f"--num-classes {num_classes} is too few: {args.data_path} has {dataset.num_classes}")
     torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
-    name = canonical_name(args.model)
-    model = create_model(name, input_size=input_size, in_channels=channels, num_classes=num_classes)
+    model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=num_classes)
     if args.patch_level not in (None, model.num_levels):
         raise ValueError(
-            f"--patch-level {args.patch_level}, but {name} has {model.num_levels} level(s): leave it out, or "
+            f"--patch-level {args.patch_level}, but {args.model} has {model.num_levels} level(s): leave it out, or "
             f"choose another --model (those of two levels end in -2, those of three in -3)"
         )
     if args.initialize_from and new:
@@ -121,7 +120,6 @@ def build(
             f"x {args.gradient_accumulation_steps} accumulation step(s): choose a multiple of {passes}"
         )
     resolved = {
-        "model": name,
         "vae": vae,
         "image_size": dataset.image_size,
         "num_classes": num_classes,
@@ -131,7 +129,7 @@ def build(
     }
     identity = dataset.identity()
     config = {
-        "model_name": name,
+        "model_name": args.model,
         "model": model.config,
         "transport": process,
         "vae": vae,
@@ -332,7 +330,7 @@ def train_steps(t: Training, this_run: run.Run) -> None:
 def train(argv: Sequence[str] | None = None) -> None:
     """Run train.py with these command-line arguments."""
     args, given = build_parser().parse_with_given(argv)
-    cli.check_training_flags(args, given)
+    args = cli.checked_training_flags(args, given)
     with preemption.Preemption() as signals, speed.deterministic_errors():
         train_steps(*set_up(args, given, signals))
 

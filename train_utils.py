@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from data.autoencoder import autoencoder_name
 from models import canonical_name
 from pipeline import Pipeline, check_claims
 from runtime.errors import UserError, note, user_input
@@ -225,10 +226,17 @@ def add_logging_args(parser: argparse.ArgumentParser) -> None:
     add("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
 
 
-def check_training_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse flags of train.py that contradict each other (UserError); `given` names those that were given."""
+def checked_training_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+    """The flags of train.py with the full names of network and autoencoder.
+
+    Args:
+        given: names of the flags that were given
+
+    Raises:
+        UserError: if flags contradict each other, or there is no such network.
+    """
     with user_input():
-        canonical_name(args.model)
+        names = {"model": canonical_name(args.model), "vae": args.vae and autoencoder_name(args.vae)}
         guidance_from(args)
     if not args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
@@ -236,6 +244,7 @@ def check_training_flags(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError("--epochs and --max-steps both say how long to train: give one of them")
     if args.keep_every and not args.keep_last:
         raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
+    return argparse.Namespace(**vars(args) | names)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""checkpoints.py and preemption.py: complete or absent, verified, written in the background, kept or deleted."""
+"""runtime/checkpoints.py and runtime/preemption.py: complete or absent, verified, written in the background, kept or deleted."""
 
 from __future__ import annotations
 
