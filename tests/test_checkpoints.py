@@ -1,4 +1,4 @@
-"""runtime/checkpoints.py and runtime/preemption.py: complete or absent, verified, written in the background, kept or deleted."""
+"""Checkpoints and signals: complete or absent, verified, written in the background, kept or deleted."""
 
 from __future__ import annotations
 
