@@ -127,11 +127,12 @@ def timed_samples(
     samples = []
     with tqdm(unit="evaluation", desc="sampling", leave=False) as progress:
         counted = pipe.counted(progress)
-        warm_up(pipe)
+        with cli.solving("--batch-size"):
+            warm_up(pipe)
         start = time.perf_counter()
         for first in range(0, len(labels), args.batch_size):
             batch = slice(first, first + args.batch_size)
-            with user_input():
+            with cli.solving("--batch-size"):
                 samples.append(counted.latents(labels[batch], solver, guidance, generators[batch]))
         x1 = torch.cat(samples)
         if x1.is_cuda:
@@ -180,7 +181,7 @@ def likelihood(args: argparse.Namespace, pipe: Pipeline, solver: ODE, guidance: 
         start = time.perf_counter()
         for first in range(0, len(x1), args.batch_size):
             batch = slice(first, first + args.batch_size)
-            with user_input():
+            with cli.solving("--batch-size"):
                 log_prob = counted.log_prob(
                     x1[batch], y[batch], solver, guidance, args.num_probes or 1, generators[batch]
                 )
@@ -210,7 +211,7 @@ def round_trip(args: argparse.Namespace, pipe: Pipeline, solver: ODE, guidance: 
     autoencoder = pipe.autoencoder
     if dataset.kind == "images":
         x1 = autoencoder.encode(x1, sample_generators(args.seed, numbers, Stream.SAMPLES))
-    with tqdm(unit="evaluation", desc="reverse", leave=False) as progress, user_input():
+    with tqdm(unit="evaluation", desc="reverse", leave=False) as progress, cli.solving("--num-images"):
         counted = pipe.counted(progress)
         x0 = counted.noise(x1, y, solver, guidance)
         back = counted.latents(y, solver, guidance, x0=x0)

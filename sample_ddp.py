@@ -260,7 +260,7 @@ def generate(job: Job, store: SampleStore, missing: list[int], processes: Proces
             labels = [label_of(index, pipe.model.num_classes, args) for index in batch]
             generators = sample_generators(args.global_seed, batch, Stream.SAMPLES)
             probes = sample_generators(args.global_seed, batch, Stream.PROBES)
-            with user_input():
+            with cli.solving("--per-proc-batch-size"):
                 x1 = pipe.latents(labels, job.solver, job.guidance, generators)
                 nats = None
                 if job.likelihood:

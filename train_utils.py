@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
+
+import torch
 
 from data.autoencoder import autoencoder_name
 from models import canonical_name
@@ -453,6 +456,20 @@ def solver_from(args: argparse.Namespace, default: ODE | None = None) -> ODE | S
             )
     steps = None if default.adaptive else args.num_sampling_steps
     return ODE(default.method, steps_from(steps or [50]), args.atol or default.atol, args.rtol or default.rtol)
+
+
+@contextlib.contextmanager
+def solving(batch_flag: str) -> Iterator[None]:
+    """Turn errors of solvers, and of a device without the memory for a batch, into a UserError.
+
+    Args:
+        batch_flag: the flag that makes batches smaller
+    """
+    try:
+        with user_input():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device's memory is too small for the samples of a batch: lower {batch_flag}") from error
 
 
 def steps_from(values: Sequence[int]) -> int | tuple[int, ...]:

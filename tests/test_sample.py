@@ -16,6 +16,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample_ddp
+from models import PyramidalPatchDiT
 from pipeline import EvaluationCounter
 from runtime.speed import compile_levels, precision_note
 from sample import main
@@ -267,6 +268,17 @@ def diverged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 GIVEN = ["--data-path", "digits", "--num-images", "2"]
+
+
+def test_too_little_memory_is_one_line(tiny_run: Path, tmp_path: Path, monkeypatch, refuses) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PyramidalPatchDiT, "forward", full)
+    line = refuses(main, "ODE", "--ckpt", tiny_run, "--out", tmp_path / "a.png")
+    assert "memory is too small for the samples of a batch: lower --batch-size" in line
+    flags = ["--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", tmp_path]
+    assert "lower --per-proc-batch-size" in refuses(sample_ddp.main, "SDE", *flags)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "scipy_solver", "euler"])
