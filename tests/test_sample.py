@@ -17,7 +17,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample_ddp
 from models import PyramidalPatchDiT
-from pipeline import EvaluationCounter
 from runtime.speed import compile_levels, precision_note
 from sample import main
 from train import train
@@ -301,17 +300,6 @@ def test_a_field_too_steep_for_an_adaptive_method_is_one_line(tiny_run: Path, tm
     line = refuses(main, "ODE", "--ckpt", tiny_run, *steep, "--out", tmp_path / "a.png")
     assert "dopri5 failed between t = 0 and 0.5: " in line
     assert "lower --cfg-scales, or give another --sampling-method, as ab2" in line
-
-
-def test_too_little_memory_is_one_line(tiny_run: Path, tmp_path: Path, monkeypatch, refuses) -> None:
-    def full(self: EvaluationCounter, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(EvaluationCounter, "__call__", full)
-    line = refuses(main, "ODE", "--ckpt", tiny_run, "--out", tmp_path / "a.png")
-    assert "memory is too small for the samples of a batch: lower --batch-size" in line
-    flags = ["--ckpt", tiny_run, "--num-fid-samples", 2, "--sample-dir", tmp_path]
-    assert "lower --per-proc-batch-size" in refuses(sample_ddp.main, "SDE", *flags)
 
 
 # -- The process ---------------------------------------------------------------------------------------------------
