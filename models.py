@@ -300,6 +300,11 @@ class PyramidalPatchDiT(
         return len(self.patch_sizes)
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a sample."""
+        return (self.in_channels, *self.input_size)
+
+    @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
         return {

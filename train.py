@@ -18,7 +18,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -86,11 +86,8 @@ def build(
 ) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
-    Args:
-        new: the run begins: --initialize_from counts, and the process must be sound
-
-    Raises:
-        ValueError, OSError: if something is missing, or does not fit the rest.
+    A run that is continued (not `new`) does not read --initialize_from, and keeps a process that is refused by now.
+    ValueError and OSError say what is missing, or does not fit the rest.
     """
     dataset, autoencoder, vae = open_training_data(
         args.data_path, args.image_size, args.vae, args.sample_every > 0, processes.device
@@ -142,11 +139,7 @@ def build(
 
 
 def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemption) -> tuple[Training, run.Run]:
-    """Start a run, or continue it from its newest checkpoint or from --ckpt. Collective.
-
-    Raises:
-        UserError: if something that the user gave, or a disk, is in the way.
-    """
+    """Start a run, or continue it from its newest checkpoint or from --ckpt. Collective."""
     # Processes, and the checkpoint to continue from
     processes = distributed.start_processes()
     distributed.check_same_flags(vars(args), processes, but=NODE_FLAGS)
@@ -201,8 +194,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     this_run.introduce(f"{args.model}: {model.describe()}", data, args.precision, notes)
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
-    training = Training(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, start_step)
-    return training, this_run
+    return Training(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, start_step), this_run
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,8 +204,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | None:
     """EMA samples (N, C, H, W), one row per class, made by all processes together; returned on the main one.
 
-    None there if the run was asked to stop meanwhile. All processes make the same number, as calls of a sharded network
-    are collective: where the samples do not divide, some are made twice.
+    None there if it was interrupted. All make the same number, some twice: a sharded network's calls are collective.
     """
     processes = t.processes
     pipe = Pipeline(t.ema, t.transport, t.autoencoder)
@@ -221,15 +212,19 @@ def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | N
     labels = torch.tensor(cli.preview_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
     share = -(-len(labels) // processes.world_size)
     mine = (processes.rank + torch.arange(share) * processes.world_size) % len(labels)
-    images = []
+    drawn: dict[int, torch.Tensor] = {}
     for indices in mine.split(batch_size):
         if this_run.any_should_stop():
             break
         generators = rng.sample_generators(t.args.global_seed, indices.tolist(), rng.Stream.PREVIEW)
         solver, guidance = ODE(num_steps=PREVIEW_STEPS), cli.guidance_from(t.args)
-        images += pipe.images(labels[indices], solver, guidance, generators=generators).float().cpu()
-    parts = distributed.gather_objects((mine.tolist(), images), processes)
-    found = {index: image for indices, images in parts for index, image in zip(indices, images, strict=False)}
+        try:
+            images = pipe.images(labels[indices], solver, guidance, generators).float().cpu()
+        except FloatingPointError as error:  # no reason to end a run
+            this_run.say(f"warning: a preview is left out: {error}")
+            continue
+        drawn.update(zip(indices.tolist(), images, strict=True))
+    found = {index: image for part in distributed.gather_objects(drawn, processes) for index, image in part.items()}
     return torch.stack([found[index] for index in range(len(labels))]) if len(found) == len(labels) else None
 
 
@@ -237,8 +232,34 @@ def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | N
 # The training loop
 
 
+class Batch(NamedTuple):
+    """This process's n samples of a step; x_t = alpha_t x_1 + sigma_t x_0, and the network predicts at (x_t, t, y)."""
+
+    positions: range  # numbers of the samples in the run
+    images: torch.Tensor  # (n, C, H, W), or x_1 itself where nothing is encoded
+    y: torch.Tensor  # (n,) class ids
+    t: torch.Tensor  # (n,) times, on the CPU so that no device is waited for
+    x0: torch.Tensor  # (n, C, h, w) noise
+
+
+def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, torch.Tensor]:
+    """Leave the gradient of the mean loss in the parameters; returns "loss" (n,) and "level" (n,) of the samples."""
+    parts = []
+    for start in range(0, len(batch.y), micro_batch):
+        part = slice(start, start + micro_batch)
+        parallel.synchronize_gradients(t.loss, enabled=part.stop == len(batch.y))  # once per step
+        x1 = batch.images[part]
+        if t.dataset.kind == "images":
+            x1 = t.autoencoder.encode(x1, order.posterior_generators(t.args.global_seed, batch.positions[part]))
+        with speed.use_precision(t.args.precision, t.processes.device):
+            terms = t.loss(x1, batch.y[part], batch.t[part], batch.x0[part])
+        (terms["loss"].mean() / t.args.gradient_accumulation_steps).backward()
+        parts.append({"loss": terms["loss"].detach().float(), "level": terms["level"]})
+    return {key: torch.cat([part[key] for part in parts]) for key in ("loss", "level")}
+
+
 def train_steps(t: Training, this_run: run.Run) -> None:
-    """Make the steps that are left, with checkpoints, records and previews on the way. Collective.
+    """Make the steps that are left, with records, checkpoints and previews. Collective.
 
     Raises:
         UserError:  if a loss or gradient is not finite, or an image cannot be read.
@@ -261,29 +282,16 @@ def train_steps(t: Training, this_run: run.Run) -> None:
     done, stop, this_run.preemption.working = t.start_step, False, True
     for step, positions, images, labels in batches:
         # Random numbers and learning rate of this step
-        shape = (model.in_channels, *model.input_size)
-        times, x0, drop = rng.draw_step(
-            step, positions, shape, t.transport, args.global_seed, args.global_batch_size, args.class_dropout_prob
-        )
+        settings = args.global_seed, args.global_batch_size, args.class_dropout_prob
+        times, x0, drop = rng.draw_step(step, positions, model.sample_shape, t.transport, *settings)
         y = labels.masked_fill(drop, model.num_classes)
-        images, x0, y = (tensor.to(device, non_blocking=True) for tensor in (images, x0, y))
+        images, y, x0 = (tensor.to(device, non_blocking=True) for tensor in (images, y, x0))
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         for group in t.optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward: x_t = alpha_t x_1 + sigma_t x_0, the network predicts at (x_t, t, y)
-        parts = []
-        for start in range(0, batches.local_size, micro_batch):
-            part = slice(start, start + micro_batch)
-            parallel.synchronize_gradients(t.loss, enabled=part.stop == batches.local_size)  # once per step
-            x1 = images[part]
-            if t.dataset.kind == "images":
-                x1 = t.autoencoder.encode(x1, order.posterior_generators(args.global_seed, positions[part]))
-            with speed.use_precision(args.precision, device):
-                terms = t.loss(x1, y[part], times[part], x0[part])
-            (terms["loss"].mean() / args.gradient_accumulation_steps).backward()
-            parts.append({"loss": terms["loss"].detach().float(), "level": terms["level"]})
-        terms = {key: torch.cat([part[key] for part in parts]) for key in ("loss", "level")}
+        # Forward and backward
+        terms = forward_backward(t, Batch(positions, images, y, times, x0), micro_batch)
         meter.add_losses(terms)
 
         # Health: numbers that are not finite must not reach the weights

@@ -333,12 +333,13 @@ class Run:
 
     def show(self, step: int, images: torch.Tensor | None, columns: int) -> None:
         """Save a grid of samples (N, C, H, W) in [-1, 1] and the curves so far; None leaves the grid out."""
-        if self.log is None or images is None:
+        if self.log is None:
             return
-        path = self.folder / "samples" / f"{step:07d}.png"
-        with self.log.unless_full():
-            save_grid(images, path, columns)
-            self.log.picture("samples", path, step)
+        if images is not None:
+            path = self.folder / "samples" / f"{step:07d}.png"
+            with self.log.unless_full():
+                save_grid(images, path, columns)
+                self.log.picture("samples", path, step)
         self.log.plot()
 
     def fail(self, reason: str, advice: str) -> UserError:
