@@ -119,7 +119,9 @@ def compile_levels(
     """
     # Under DDP graphs would be cut at its buckets, so that reducing can begin; with a graph per block it can anyway.
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
+    setattr(config, limit, max(MAX_GRAPHS, getattr(config, limit)))
     compiled = _CompiledBlock(backend, tell)
     for block in model.blocks:
         block.forward = partial(compiled, block)

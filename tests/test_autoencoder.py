@@ -341,7 +341,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = {**os.environ, **ENVIRONMENT, "HF_HOME": str(tmp_path / "file" / "home"), "HF_HUB_OFFLINE": "0"}
         environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-        command = [sys.executable, "-c", "from autoencoder import load_autoencoder\nload_autoencoder('ema')"]
+        command = [sys.executable, "-c", "from data.autoencoder import load_autoencoder\nload_autoencoder('ema')"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
         server.shutdown()
     assert "the hub's files cannot be kept" in done.stderr

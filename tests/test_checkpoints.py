@@ -405,7 +405,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameters(tmp_path: Path, monk
 
 def ended_by(*lines: str) -> int:
     """The exit code of a small program that enters Preemption."""
-    program = "\n".join(["import os, signal, time", "from preemption import Preemption", *lines])
+    program = "\n".join(["import os, signal, time", "from runtime.preemption import Preemption", *lines])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, timeout=60).returncode
 

@@ -320,7 +320,7 @@ def test_an_entry_that_inflates_to_hundreds_of_megabytes_takes_no_memory(tmp_pat
     tell_size(liar, "1.png", 1000)
     code = f"""if True:
         import resource
-        from data import open_dataset
+        from data.datasets import open_dataset
         for path in ({str(path)!r}, {str(liar)!r}):
             dataset = open_dataset(path)
             dataset.load(0)
@@ -479,7 +479,7 @@ def test_names_are_read_and_shown_where_text_is_ascii(tmp_path):
     archive = archive_of(tmp_path / "a.zip", {"a/é.png": png(), "b/é.png": b"no image"})
     code = f"""if True:
         import json
-        from data import open_dataset
+        from data.datasets import open_dataset
         for path in ({str(tmp_path)!r}, {str(archive)!r}):
             dataset = open_dataset(path, 8)
             for index in range(len(dataset)):
