@@ -27,6 +27,8 @@ from conftest import ENVIRONMENT, ROOT
 from runtime.checkpoints import checkpoint_path, checkpoints_of, find_damage, newest_good
 from runtime.preemption import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("CHAOS_KILLS", 5))
 KILLS_PER_RUN = 5
 DEVICES = os.environ.get("CHAOS_DEVICES", "")

@@ -18,6 +18,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sample_ddp import main as sample_ddp
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 500
 GREY_LEVELS = 16
 
