@@ -27,7 +27,7 @@ from data.datasets import AnyDataset, open_dataset
 from pipeline import LIKELIHOOD_SOLVER, Pipeline, Solver
 from runtime.errors import UserError, note, run_script, user_input
 from runtime.files import complete_file
-from runtime.logs import save_grid
+from runtime.logs import save_grid, shown_classes
 from runtime.rng import Stream, sample_generators
 from runtime.speed import default_precision, precision_note, use_precision
 from transport import ODE, Guidance, bits_per_dim
@@ -96,7 +96,7 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: Guidance, out: str) -> None:
     """Draw the labels' images, save them as a grid and report what they cost."""
     num_classes = pipe.model.num_classes
-    labels = cli.preview_classes(num_classes) if args.class_labels is None else args.class_labels
+    labels = shown_classes(num_classes) if args.class_labels is None else args.class_labels
     for label in labels:
         if label >= num_classes:
             raise UserError(f"class label {label} is out of range: the model knows 0 to {num_classes - 1}")

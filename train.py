@@ -209,7 +209,7 @@ def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | N
     processes = t.processes
     pipe = Pipeline(t.ema, t.transport, t.autoencoder)
     pipe.precision = t.args.precision
-    labels = torch.tensor(cli.preview_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
+    labels = torch.tensor(logs.shown_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
     share = -(-len(labels) // processes.world_size)
     mine = (processes.rank + torch.arange(share) * processes.world_size) % len(labels)
     drawn: dict[int, torch.Tensor] = {}

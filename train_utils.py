@@ -31,7 +31,6 @@ from transport import (
     PatchSchedule,
 )
 
-IMAGENET_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's selection
 SHOWN_METHODS = ("ab2", "dpmpp_2m", "euler")
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -475,8 +474,3 @@ def solving(batch_flag: str) -> Iterator[None]:
 def steps_from(values: Sequence[int]) -> int | tuple[int, ...]:
     """One number stands for the whole trajectory, several for one level each."""
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def preview_classes(num_classes: int) -> tuple[int, ...]:
-    """The classes to show: DiT's eight of ImageNet, else the first ten."""
-    return IMAGENET_CLASSES if num_classes == 1000 else tuple(range(min(10, num_classes)))

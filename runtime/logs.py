@@ -181,6 +181,9 @@ class StepMeter:
 # Pictures
 
 
+IMAGENET_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's selection
+
+
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] (N, C, H, W) to bytes of the same shape, on the CPU."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
@@ -194,3 +197,8 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
     grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=128)
     with complete_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
+
+
+def shown_classes(num_classes: int) -> tuple[int, ...]:
+    """The classes to draw where nobody chooses: DiT's eight of ImageNet, else the first ten."""
+    return IMAGENET_CLASSES if num_classes == 1000 else tuple(range(min(10, num_classes)))
