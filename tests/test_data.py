@@ -583,7 +583,7 @@ def test_a_file_is_not_a_folder(tmp_path):
 def test_an_empty_folder_holds_no_classes(tmp_path):
     message = message_of(FileNotFoundError, tmp_path)
     assert str(tmp_path) in message
-    for looked_for in ("'digits'", "*.safetensors shards", "zip archive", "one sub-folder per class"):
+    for looked_for in ("'digits'", "*.safetensors latent files", "zip archive", "one sub-folder per class"):
         assert looked_for in message
 
 
