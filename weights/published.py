@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock  # a requirement of torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from models import canonical_name, create_model
