@@ -101,6 +101,7 @@ def test_sample_by_model_name_and_own_checkpoint(latent_run: Path, tmp_path: Pat
     assert Image.open(out).mode == "RGB"
 
 
+@pytest.mark.slow
 def test_train_on_several_processes_with_wandb(imagenet: str, vae: str, tmp_path: Path) -> None:
     done = start_script(
         "train.py",
@@ -152,6 +153,7 @@ def test_resume_from_a_checkpoint(imagenet: str, latent_run: Path, tmp_path: Pat
     assert (tmp_path / "checkpoints" / "0000003.pt").exists()
 
 
+@pytest.mark.slow
 def test_sample_ddp_by_model_name(published: dict[str, str], vae: str, tmp_path: Path) -> None:
     done = start_script(
         "sample_ddp.py",

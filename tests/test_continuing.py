@@ -157,6 +157,7 @@ def test_what_an_unstable_run_needs_may_change_with_a_line_in_the_log(
         assert group[flag[2:].replace("-", "_")] == float(value)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_rounding_alone(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     train(["--run-dir", str(run), "--max-steps", "23"])
@@ -459,6 +460,7 @@ def interrupted_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     process = interrupted_run(tmp_path)
     process.send_signal(2)
@@ -471,6 +473,7 @@ def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     train(["--run-dir", str(tmp_path / "run"), "--max-steps", "1"])  # nothing to do, and nothing damaged
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = interrupted_run(tmp_path)
     process.send_signal(2)
@@ -486,6 +489,7 @@ def test_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # -- Names -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_names_without_an_encoding_reach_the_log(pictures: Path, tmp_path: Path) -> None:
     """Linux's file names are bytes, and a locale may know ASCII alone."""
     folder = pictures.rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3\xa9tude"))

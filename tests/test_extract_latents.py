@@ -185,6 +185,7 @@ def test_a_second_run_makes_only_what_is_missing(tmp_path, pictures, vae, refere
     assert "4 of 4 shards are there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_only_complete_shards(tmp_path, pictures, vae, reference):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "extract_latents.py"), *flags(pictures, vae, out, "--batch-size", 1)]
@@ -358,6 +359,7 @@ def test_names_that_no_encoding_has_are_skipped_and_listed(pictures, vae, tmp_pa
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_shards_and_either_can_stop_the_run(with_damage, tmp_path, vae):
     """The second process fails at the damaged files; then the run continues without them."""
     folder, first = with_damage

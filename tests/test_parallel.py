@@ -22,6 +22,8 @@ from runtime.distributed import Processes
 from train import train
 from transport import create_transport
 
+pytestmark = pytest.mark.slow
+
 # Each process has six of a step's twelve samples, in two passes. One or two of the twelve belong to level 1, as times
 # are stratified: half of the passes have none of it, or more.
 FLAGS = [

@@ -182,6 +182,7 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_faster_and_smaller_steps_have_the_same_losses(tmp_path: Path, monkeypatch) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
     monkeypatch.setattr("runtime.speed.compile_levels", partial(compile_levels, backend=counter))
@@ -483,6 +484,7 @@ def test_tensor_of_another_shape_is_named_before_the_run(tiny_run: Path, tmp_pat
     assert "y_embedder.embedding_table.weight is (7, 128), not (11, 128)" in line
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
     done = start_script("train.py", *TINY, "--run-dir", tmp_path / "run", processes=3)
     assert done.returncode != 0
