@@ -305,6 +305,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_network_the_cache_serves_and_the_rest_is_one_line(tmp_path):
     """A cache in the hub's layout; for anything else one line says that it cannot be fetched."""
     revision = "0123456789" * 4
@@ -324,6 +325,7 @@ def test_without_network_the_cache_serves_and_the_rest_is_one_line(tmp_path):
     assert "give --vae a local folder" in line
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     """The hub answers, and there is nowhere to keep what it says."""
 

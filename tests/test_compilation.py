@@ -46,6 +46,7 @@ def test_each_level_has_one_graph_whatever_the_batch():
     assert counter.frame_count == 3
 
 
+@pytest.mark.slow
 def test_training_steps_of_changing_shares_need_one_graph():
     model, compiled, counter = pair()
     transport = create_transport(level_edges=EDGES[3])
@@ -74,6 +75,7 @@ def test_training_level_by_level_needs_a_graph_for_each():
     assert counter.frame_count == 3
 
 
+@pytest.mark.slow
 def test_a_guided_trajectory_does_not_compile_again():
     model, compiled, counter = pair()
     transport = create_transport(level_edges=EDGES[3])
@@ -100,6 +102,7 @@ def test_checkpointed_blocks_compile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_more_levels_than_dynamos_limit_of_graphs():
     sizes = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
     model, compiled, counter = pair("eager", patch_sizes=sizes, depth=1)
@@ -131,6 +134,7 @@ def test_a_compiler_that_fails_is_reported_in_one_line():
         model(*random_inputs(model, 3, torch.float32))
 
 
+@pytest.mark.slow
 def test_inductor_computes_the_same_and_says_how_long_it_took():
     model, lines = random_model({**SQUARE, "depth": 2}, torch.float32), []
     compiled = copy.deepcopy(model)

@@ -183,6 +183,7 @@ def test_workers_give_the_same_batches(tmp_path, space):
         assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 def test_spawned_workers_are_sent_no_data(tmp_path, space):
     sizes = {}
     for rows in (1, 200):

@@ -389,6 +389,7 @@ def test_each_level_compiles_to_one_graph_with_gradients():
     check_compiled("aot_eager", range(3))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_level_compiles_with_inductor():
     check_compiled("inductor", range(1))

@@ -206,6 +206,7 @@ def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path
     assert abs(grids[0] - grids[1]).max() <= 3  # of 255
 
 
+@pytest.mark.slow
 def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     counter = CompileCounterWithBackend("aot_eager")  # inductor has a test of its own, and takes its time
     monkeypatch.setattr("pipeline.compile_levels", partial(compile_levels, backend=counter))

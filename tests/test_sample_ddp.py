@@ -50,6 +50,7 @@ def test_npz_is_what_adm_reads_in_sample_order(samples: Path) -> None:
     assert all(np.array_equal(np.asarray(Image.open(file)), row) for file, row in zip(files, array, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "batch_size", "flags"), [(2, 3, []), (3, 4, ["--no-png"])])
 def test_processes_and_batch_size_do_not_change_the_samples(
     processes: int, batch_size: int, flags: list[str], samples: Path, tiny_run: Path, tmp_path: Path
@@ -118,6 +119,7 @@ def test_only_what_is_missing_or_torn_is_made(samples: Path, tiny_run: Path, cap
     assert np.array_equal(npz(samples), before)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_completes_what_is_missing(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
     flags = (
         f"ODE --ckpt {tiny_run} --num-fid-samples 11 --num-sampling-steps 4 "
@@ -286,6 +288,7 @@ def ends_without_traceback(*flags: object, limit: int | None = None) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_other_settings_end_every_process(samples: Path, tiny_run: Path) -> None:
     flags = ["--ckpt", tiny_run, "--num-fid-samples", 11, "--sample-dir", samples]
     text = ends_without_traceback(*flags, "--label-sampling", "balanced")
@@ -298,6 +301,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tiny_run: Path, refuses) -> No
     assert "choose another --sample-dir" in line
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_ends_every_process(samples: Path, tiny_run: Path, refuses) -> None:
     for index in (1, 3):
         store_of(samples).path(index).unlink()
@@ -308,6 +312,7 @@ def test_a_picture_that_cannot_be_written_ends_every_process(samples: Path, tiny
     ends_without_traceback(*flags)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_npz_is_one_line(tiny_run: Path, tmp_path: Path) -> None:
     flags = ("--ckpt", tiny_run, "--num-fid-samples", 40, "--sample-dir", tmp_path)
     text = ends_without_traceback(*flags, limit=2)  # 40 samples of 192 bytes
@@ -318,6 +323,7 @@ def test_a_disk_that_takes_no_npz_is_one_line(tiny_run: Path, tmp_path: Path) ->
     assert npz(tmp_path).shape == (40, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_names_of_any_letters_in_any_locale(tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "größe_图"
     flags = ["ODE", "--num-fid-samples", "2", "--num-sampling-steps", "2", "--sample-dir", str(folder), "--ckpt"]

@@ -145,6 +145,7 @@ def test_latents_of_an_unknown_autoencoder_are_scaled_by_their_statistics(wide_r
     np.testing.assert_allclose(arrays(tmp_path, "-latents")["arr_0"], MEAN + DEVIATION * x1, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_batches_and_interruptions_leave_no_trace(wide_run: Path, tmp_path: Path, capsys) -> None:
     alone, more = (
         ["SDE", *flags_of(wide_run, tmp_path / name, "--latents", samples=7)[1:]] for name in ("alone", "more")
