@@ -100,12 +100,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, d = x.shape
-        qkv = self.qkv(x)
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """(N, T, 3D) -> (N, T, D)."""
+        n, t, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         if n == 0:  # CUDA's attention kernels refuse an empty batch
-            return self.proj(qkv[..., :d])
+            return qkv[..., :d]
         q, k, v = qkv.unflatten(2, (3, self.num_heads, d // self.num_heads)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)
 
 
 class Mlp(nn.Module):
@@ -141,8 +144,35 @@ class DiTBlock(nn.Module):
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def forward(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """All groups in one call: FSDP2 gathers the weights once, and torch.compile makes one graph."""
-        return [self.block(x, c) for x, c in zip(groups, conditions, strict=True)]
+        """Groups of one or several levels in one call: FSDP2 gathers weights once, torch.compile makes one graph."""
+        if len(groups) == 1:
+            return [self.block(groups[0], conditions[0])]
+        return self.blocks_at_once(groups, conditions)
+
+    def blocks_at_once(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`block` of every group; linear layers read their weights once for all tokens (benchmarks/RESULTS.md)."""
+        modulations = self.adaLN_modulation(torch.cat(conditions)).split([len(c) for c in conditions])
+        parts = zip(*(modulation.chunk(6, dim=1) for modulation in modulations), strict=True)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        inputs = [modulate(self.norm1(x), *m) for x, *m in zip(groups, shift_msa, scale_msa, strict=True)]
+        attended = [self.attn.attend(qkv) for qkv in at_once(self.attn.qkv, inputs)]
+        groups = add_gated(groups, gate_msa, at_once(self.attn.proj, attended))
+        inputs = [modulate(self.norm2(x), *m) for x, *m in zip(groups, shift_mlp, scale_mlp, strict=True)]
+        return add_gated(groups, gate_mlp, at_once(self.mlp, inputs))
+
+
+def at_once(layer: nn.Module, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Apply a layer that acts on single tokens to all groups (N, T, features) in one call."""
+    out = layer(torch.cat([group.flatten(0, 1) for group in groups]))
+    parts = out.split([group.shape[0] * group.shape[1] for group in groups])
+    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
+
+
+def add_gated(
+    groups: Sequence[torch.Tensor], gates: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """x + gate * output for every group x (N, T, D) with its gate (N, D)."""
+    return [x + gate.unsqueeze(1) * out for x, gate, out in zip(groups, gates, outputs, strict=True)]
 
 
 class FinalLayer(nn.Module):
