@@ -82,6 +82,7 @@ def test_kept_storages_count_once_and_parameters_not():
     assert kept - results == 2 * 10 * 100 * 4
 
 
+@pytest.mark.slow
 def test_a_fresh_process_does_not_know_this_ones_memory():
     ballast = torch.ones(200 * 2**20 // 4)
     here = resident("VmHWM")

@@ -441,6 +441,7 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signal_handlers")
 @pytest.mark.parametrize("where", ["forward", "preview"])
 def test_a_signal_saves_the_step_and_the_same_command_ends_alike(

@@ -337,6 +337,7 @@ def test_default_weights_that_cannot_be_fetched_are_one_line(tmp_path: Path, mon
     assert "PPF-XL-2" in refuses(sample.main, "ODE", "--image-size", 256, "--seed", 1)
 
 
+@pytest.mark.slow
 def test_autoencoder_that_cannot_be_fetched_is_one_line(imagenet: str, tmp_path: Path) -> None:
     import os
     import subprocess

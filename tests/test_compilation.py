@@ -65,6 +65,7 @@ def test_training_steps_of_changing_shares_need_one_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_training_level_by_level_needs_a_graph_for_each():
     _, compiled, counter = pair()
     transport = create_transport(level_edges=EDGES[3])

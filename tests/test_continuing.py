@@ -128,6 +128,7 @@ def test_what_was_not_given_is_remembered(run: Path, capsys: pytest.CaptureFixtu
     assert config["max_steps"] == 20
 
 
+@pytest.mark.slow
 def test_epochs_take_the_place_of_max_steps(run: Path) -> None:
     train(["--run-dir", str(run), "--epochs", "1", "--ckpt-every", "100"])
     assert newest_checkpoint(run).name == f"{1797 // 32:07d}.pt"

@@ -312,6 +312,7 @@ def tell_size(archive: Path, name: str, size: int) -> None:
     archive.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_an_entry_that_inflates_to_hundreds_of_megabytes_takes_no_memory(tmp_path):
     files = {"0.png": png(), "1.png": bytes(LARGEST_IMAGE + 1)}
     path = archive_of(tmp_path / "a.zip", files, zipfile.ZIP_DEFLATED)
@@ -469,6 +470,7 @@ def test_names_are_shown_so_that_they_can_be_told_apart():
     assert len({printable(name) for name in ODD}) == len(ODD)
 
 
+@pytest.mark.slow
 def test_names_are_read_and_shown_where_text_is_ascii(tmp_path):
     """An image of each kind with a name outside ASCII, and a damaged one, in an ASCII locale."""
     names = ["é.png".encode(), b"\xff.png"]

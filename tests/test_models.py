@@ -385,6 +385,7 @@ def check_compiled(backend: str, levels: range) -> None:
             torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_each_level_compiles_to_one_graph_with_gradients():
     check_compiled("aot_eager", range(3))
 

@@ -100,6 +100,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_run: Path, tmp_path: Path) -
         assert abs(grids[0] - grids[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_settings_change_the_picture(tiny_run: Path, tmp_path: Path) -> None:
     variants = [
         [],
@@ -126,6 +127,7 @@ def test_every_last_step_samples_another_path_and_prediction(noise_run: Path, la
     assert pixels(out).std() > 10
 
 
+@pytest.mark.slow
 def test_script_runs_as_a_user_starts_it(tiny_run: Path, tmp_path: Path) -> None:
     done = start_script("sample.py", "ODE", "--ckpt", tiny_run, "--num-sampling-steps", 2, "--out", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
@@ -195,6 +197,7 @@ def test_reverse_turns_images_into_noise_and_back(tiny_run: Path, tmp_path: Path
 # -- Faster, and the same pictures -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [[], ["--sampling-method", "dpmpp_2m"]])
 def test_one_evaluation_a_step(method: list[str], tiny_run: Path, tmp_path: Path, capsys) -> None:
     grids = []
@@ -237,6 +240,7 @@ def test_compiled_and_in_bf16_it_draws_the_same(tiny_run: Path, tmp_path: Path, 
     assert abs(grids["both"] - grids["plain"]).max() <= 8
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_compiled_network(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipeline.compile_levels", partial(compile_levels, backend="aot_eager"))
     nats = []

@@ -154,7 +154,9 @@ def test_finished_run_is_left_alone(tiny_run: Path) -> None:
 # -- Processes, accumulation and random numbers ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [32, 2])  # with 2, a process has no sample of one of the levels
+@pytest.mark.parametrize(
+    "batch_size", [32, pytest.param(2, marks=pytest.mark.slow)]
+)  # with 2, a process has no sample of one of the levels
 def test_two_processes_follow_the_loss_curve_of_one(batch_size: int, tmp_path: Path) -> None:
     flags = [*TINY, "--global-batch-size", batch_size, "--max-steps", 10, "--log-every", 1]
     train([*map(str, flags), "--run-dir", str(tmp_path / "one")])
@@ -294,6 +296,7 @@ def scale_losses(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transport, "training_losses", scaled)
 
 
+@pytest.mark.slow
 def test_gradients_whose_square_is_no_float_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping takes a factor of the loss away, also one that makes fp32's sum of squares infinite."""
     flags = [*TINY, "--max-steps", "3", "--max-grad-norm", "1e-3"]
@@ -343,6 +346,7 @@ def test_deterministic_runs_on_cuda_have_the_same_bits(tmp_path: Path) -> None:
         np.testing.assert_allclose(losses(tmp_path / other), losses(tmp_path / "a"), rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path_type", ["Linear", "GVP", "VP"])
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
 def test_every_path_and_prediction_trains_with_levels(path_type: str, prediction: str, tmp_path: Path) -> None:
@@ -368,6 +372,7 @@ def test_every_path_and_prediction_trains_with_levels(path_type: str, prediction
     assert values[-1] < values[0]
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         train(
