@@ -141,7 +141,8 @@ class Sampler:
         Raises:
             ValueError: if a name is unknown, a number is out of range, or the last step crosses a level edge.
         """
-        SDE(method, num_steps, diffusion_form, diffusion_norm, last_step, last_step_size)  # refuses wrong values
+        # Refuses wrong values; the steps are checked with the intervals that they are shared among.
+        SDE(method, 1, diffusion_form, diffusion_norm, last_step, last_step_size)
         start, stop = self._sde_interval(diffusion_form, last_step, last_step_size)
         x = x0 * self._boundary(start)
         plan = self._plan(model, start, stop, num_steps, reserve=0 if last_step is None else 1)
