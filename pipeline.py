@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.model.parameters()).device
 
     @property
@@ -268,7 +269,7 @@ class Pipeline:
         """Follow the ODE from data x1 (N, C, h, w) back to noise of the same shape; raises as `latents`."""
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
-        settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
+        settings = asdict(solver)
         return self._solve(
             "noise's values", solver, lambda: sampler.sample_ode(network, x1, **settings, y=y, reverse=True)
         )
@@ -294,7 +295,7 @@ class Pipeline:
             generators = sample_generators(seed, range(len(x1)), Stream.PROBES)
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
-        settings = {"method": solver.method, "num_steps": solver.num_steps, "atol": solver.atol, "rtol": solver.rtol}
+        settings = asdict(solver)
         settings |= {"num_probes": num_probes, "generator": generators}
         return self._solve("log-densities", solver, lambda: sampler.log_likelihood(network, x1, y, **settings)[0])
 

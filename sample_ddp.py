@@ -101,7 +101,7 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 class Job(NamedTuple):
-    """What is drawn, and how."""
+    """The samples that the flags ask for: network, solver and guidance."""
 
     args: argparse.Namespace
     pipe: Pipeline
@@ -136,7 +136,7 @@ def folder_name(job: Job) -> str:
 
 
 def settings_of(job: Job, digest: str) -> dict[str, Any]:
-    """What sample i depends on besides i, as JSON has it.
+    """Everything that sample i depends on besides i, in values that JSON has.
 
     Args:
         digest: of the weights
@@ -169,7 +169,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
 
 
 def earlier_fingerprints(model: PyramidalPatchDiT) -> set[str]:
-    """What folders that are older than `fingerprint` may say of these weights.
+    """Digests of these weights in folders that are older than `fingerprint`.
 
     A hash of sums whose last bit depends on the device and the number of threads. The likely numbers are tried: those
     of a process alone and of one among torchrun's. Started with yet another, the folder is not recognised.
@@ -206,7 +206,7 @@ def prepare_folder(job: Job, digest: str) -> Path:
 
 
 def make_store(job: Job, folder: Path) -> SampleStore:
-    """Where the samples are kept."""
+    """The store of the samples."""
     return PngStore(folder) if job.png else ShardStore(folder, "latents" if job.args.latents else "pixels")
 
 
@@ -244,7 +244,7 @@ def plan_batches(missing: Sequence[int], size: int, adaptive: bool) -> list[list
 
 
 def content_of(job: Job, x1: torch.Tensor) -> np.ndarray:
-    """What is kept of samples x1 (N, C, h, w): pixels (N, H, W, 3) uint8, or latents (N, C, h, w) float32."""
+    """Content to store of samples x1 (N, C, h, w): pixels (N, H, W, 3) uint8, or latents (N, C, h, w) float32."""
     decoded = job.pipe.autoencoder.decode(x1)
     if job.args.latents:
         return decoded.cpu().numpy()

@@ -68,7 +68,7 @@ class DenseMaskPacking(nn.Module):
         return padded.reshape(-1, self.row_length, tokens.shape[2])
 
     def _layout(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-        """Which sample of the pass each token of the rows (rows, T) belongs to, -1 for padding; rows of each group."""
+        """Sample of each token of the rows (rows, T), -1 for padding; and the number of rows of each group."""
         layouts, first = [], 0
         for group in tokens:
             n, t, _ = group.shape

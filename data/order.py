@@ -50,7 +50,7 @@ class TrainingStream(Dataset):
 
 
 def posterior_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:
-    """What draws the posterior noise of images that are encoded on the fly: the generators that latent shards use.
+    """Generators of the posterior noise of images that are encoded on the fly: those that latent files use.
 
     With it, training on images and on their shards sees the same latents at the same positions.
     """
