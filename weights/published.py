@@ -90,7 +90,7 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
         ConnectionError:   if it cannot be fetched.
     """
     name = published_name(name)
-    folder = _cache_folder(cache_dir)
+    folder = cache_folder(cache_dir)
     target = folder / PUBLISHED[name].file
     if not target.is_file():
         try:
@@ -112,7 +112,8 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
     return target
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """The folder of downloads: PPFLOW_CACHE, or ~/.cache/ppflow (OSError if there is no home folder)."""
     try:
         return Path(cache_dir or os.environ.get("PPFLOW_CACHE") or "~/.cache/ppflow").expanduser()
     except RuntimeError as error:  # a user without an entry in passwd, in a container
