@@ -331,6 +331,13 @@ def test_truncated_files_are_named_at_once(kind: Callable[[Path], Path], tmp_pat
         assert path.name in refusal(path)
 
 
+def test_pictures_of_floats_are_refused(tmp_path: Path) -> None:
+    """Nobody says which of their values is white."""
+    for name in "ab":
+        Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / f"{name}.tiff")
+    assert "a.tiff: in Pillow's mode F it is unknown which value is white" in refusal(tmp_path)
+
+
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     path = folder(tmp_path)
     file = path / "1" / "06.png"
