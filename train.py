@@ -86,8 +86,8 @@ def build(
 ) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
-    A run that is continued (not `new`) does not read --initialize_from, and keeps a process that is refused by now.
-    ValueError and OSError say what is missing, or does not fit the rest.
+    A run that is continued (not `new`) keeps a process that is refused by now. ValueError and OSError say what is
+    missing, or does not fit the rest.
     """
     dataset, autoencoder, vae = open_training_data(
         args.data_path, args.image_size, args.vae, args.sample_every > 0, processes.device
@@ -104,8 +104,6 @@ def build(
             f"--patch-level {args.patch_level}, but {args.model} has {model.num_levels} level(s): leave it out, or "
             f"choose another --model (those of two levels end in -2, those of three in -3)"
         )
-    if args.initialize_from and new:
-        initialize_levels(model, load_pretrained(args.initialize_from).model)
     process = cli.process_from(args, model.num_levels)
     transport = create_transport(**process, check_ends=new)
     transport.check_levels(model)
@@ -168,6 +166,10 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     args = argparse.Namespace(**config["args"])
     if stored:
         distributed.agree(lambda: run.check_data(stored["config"], config["data"], args.data_path), processes)
+    elif args.initialize_from:
+        notes += distributed.agree(
+            lambda: initialize_levels(model, load_pretrained(args.initialize_from).model), processes
+        )
     folder_name = f"{args.model}-{args.path_type}-{args.prediction}"
     folder = distributed.on_main(lambda: run.make_run_dir(args.run_dir, args.results_dir, folder_name), processes)
 
