@@ -39,6 +39,19 @@ def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream
     return [torch.Generator().manual_seed((first + index * (stride | 1)) % 2**32) for index in indices]
 
 
+def label_of(index: int, num_classes: int, seed: int, sampling: str) -> int:
+    """The class of sample `index` in a set of many samples.
+
+    Args:
+        seed:     of the set
+        sampling: "random" for classes drawn uniformly, "balanced" for all classes equally often
+    """
+    if sampling == "balanced":
+        return index % num_classes
+    (generator,) = sample_generators(seed, [index], Stream.LABELS)
+    return int(torch.randint(num_classes, (), generator=generator))
+
+
 def draw_step(
     step: int,
     positions: range,
