@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, start_script
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 import train
+from metrics.features import Pixels
 from metrics.references import StoredStatistics, write_statistics
 from metrics.training import TrainingEvaluation
 from pipeline import Pipeline
+from runtime.distributed import Processes
+from runtime.logs import DISTANCE
 from runtime.rng import Stream, sample_generators
 from runtime.run import Run
 from transport import ODE
@@ -73,6 +77,26 @@ def test_distances_are_those_of_samples_drawn_after_the_run(evaluated_run: Path)
         expected = frechet_distance(pixels.reshape(NUMBER, -1), digits.reshape(len(digits), -1))
         assert measured == pytest.approx(expected, rel=1e-4)
     assert set(distances(evaluated_run)) == {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("features", "number", "name"),
+    [
+        ("inception", 5000, "fid5k"),
+        ("inception", 500, "fid500"),
+        ("inception", 2500, "fid2500"),
+        ("digits", 50_000, "fd50k"),
+        ("dinov2", 10_000, "fd10k"),
+    ],
+)
+def test_a_distance_is_named_after_its_features_and_samples(features, number, name, tmp_path, monkeypatch) -> None:
+    extractor = Pixels((8, 8))
+    extractor.name = features
+    monkeypatch.setattr("metrics.training.load_extractor", lambda *_: extractor)
+    reference = statistics(tmp_path / "a.npz", extractor=features, digest="pixels")
+    alone = Processes(0, 1, torch.device("cpu"))
+    assert TrainingEvaluation(str(reference), features, None, number, 10, (1, 8, 8), alone).name == name
+    assert re.fullmatch(DISTANCE, name)
 
 
 def test_a_run_shows_its_distances(evaluated_run: Path) -> None:
@@ -177,6 +201,18 @@ REFUSED = {
         *["--eval-every", 2, "--eval-features", "pixels", "--eval-ref", images_of_16(path / "a.npz")],
     ],
 }
+
+
+def test_latents_that_nothing_decodes_are_refused(tmp_path: Path, refuses) -> None:
+    latents, folder = torch.randn(6, 4, 8, 8), tmp_path / "latents"
+    folder.mkdir()
+    tensors = {"latents": latents, "latents_flip": latents.flip(-1).contiguous(), "labels": torch.arange(6) % 2}
+    save_file(tensors, folder / "latents_rank00_shard000.safetensors")
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, folder / "latents_stats.pt")
+    flags = [*SHORT, "--data-path", folder, "--run-dir", tmp_path / "run"]
+    line = refuses(train.train, *flags, "--eval-every", 1, "--eval-ref", "digits")
+    assert "does not say which autoencoder decodes it: give --vae" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("reason", REFUSED)
