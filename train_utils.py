@@ -228,6 +228,54 @@ def add_logging_args(parser: argparse.ArgumentParser) -> None:
     add("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
 
 
+def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the measurement of samples during training."""
+    add = parser.add_argument_group(
+        "evaluation",
+        "the Fréchet distance of unguided EMA samples, logged as fid5k with Inception's features, else fd5k",
+    ).add_argument
+    add("--eval-every", type=natural_int, default=0, help="steps between evaluations; 0 for none at all")
+    add("--eval-num", type=number(int, 2), default=5000, help="samples of an evaluation; their number is in the name")
+    add("--eval-ref", type=some_text, help="statistics or images to compare with: what evaluate.py takes")
+    add("--eval-features", type=some_text, default="inception", help="as --features of evaluate.py")
+    add(
+        "--eval-weights",
+        type=some_text,
+        metavar="FILE",
+        help="weights of the features' network, where the cache has none",
+    )
+
+
+def checked_evaluation_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of an evaluation that lack one or have no effect (UserError).
+
+    Args:
+        args:  of this start, with what the run remembers
+        given: names of the flags that were given
+    """
+    if args.eval_every and not args.eval_ref:
+        raise UserError("--eval-every needs --eval-ref, statistics or images to compare with", everywhere=True)
+    useless = sorted({"eval_num", "eval_ref", "eval_features", "eval_weights"} & given)
+    if useless and not args.eval_every:
+        flag = "--" + useless[0].replace("_", "-")
+        raise UserError(f"{flag} has no effect without --eval-every: give both, or leave it out", everywhere=True)
+
+
+def check_numbers(args: argparse.Namespace, num_levels: int, world_size: int) -> None:
+    """Refuse numbers of levels or samples (ValueError) that the network or the processes do not have."""
+    if args.patch_level not in (None, num_levels):
+        raise ValueError(
+            f"--patch-level {args.patch_level}, but {args.model} has {num_levels} level(s): leave it out, or "
+            f"choose another --model (those of two levels end in -2, those of three in -3)"
+        )
+    passes = world_size * args.gradient_accumulation_steps
+    if args.global_batch_size % passes:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} does not divide into {world_size} process(es) "
+            f"x {args.gradient_accumulation_steps} accumulation step(s): choose a multiple of {passes}"
+        )
+
+
 def checked_training_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
     """The flags of train.py with the full names of network and autoencoder.
 

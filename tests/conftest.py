@@ -42,6 +42,7 @@ TINY = [
 
 
 def pytest_configure() -> None:
+    train.EVALUATION_STEPS = 4
     train.PREVIEW_STEPS = 4  # every run ends with a preview; the demo's test makes them at full length
 
 
