@@ -13,13 +13,13 @@ run that was interrupted makes what is missing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ import train_utils as cli
 from models import PyramidalPatchDiT
 from pipeline import EvaluationCounter, Pipeline, Solver
 from runtime.distributed import Processes, agree, check_same_flags, on_main, start_processes
-from runtime.errors import UserError, note, run_script, user_input
+from runtime.errors import UserError, note, run_script, user_input, user_output
 from runtime.files import complete_file
 from runtime.logs import to_uint8
 from runtime.rng import Stream, label_of, sample_generators
@@ -48,6 +48,9 @@ NOT_SETTINGS = {
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
 SCALES_NOTE = "default: as in PPFlow's evaluation 1 3 for 2 levels, 1 3.5 3.75 for 3; else, and with --likelihood, 1"
+writing = partial(
+    user_output, advice="make room there, or choose another --sample-dir; the same command makes what is missing"
+)
 # Settings that describe the samples and decide nothing; folders of earlier versions do not have them.
 DESCRIPTIONS = {"num_classes", "nfe_per_image", "gmacs_per_image"}
 
@@ -218,16 +221,6 @@ def prepare_folder(job: Job, digest: str) -> Path:
 def make_store(job: Job, folder: Path) -> SampleStore:
     """The store of the samples."""
     return PngStore(folder) if job.png else ShardStore(folder, "latents" if job.args.latents else "pixels")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the error of a file or folder that cannot be written into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        advice = "make room there, or choose another --sample-dir; the same command makes what is missing"
-        raise UserError(f"{path} cannot be written: {error}; {advice}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------

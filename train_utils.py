@@ -279,8 +279,12 @@ def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
     return {**{name: getattr(args, name) for name in PROCESS_FLAGS}, "level_edges": list(edges)}
 
 
-def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
-    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the trained network that is sampled from, and its process as checked against it.
+
+    Returns:
+        add_argument of the process's group.
+    """
     add = parser.add_argument_group("model").add_argument
     add(
         "--ckpt",
@@ -307,6 +311,12 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
     add("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
     add("--train-eps", type=finite_float, help="of the training alone")
     add("--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)")
+    return add
+
+
+def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
+    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+    add = add_network_args(parser)
     add(
         "--level-edges",
         type=float,
