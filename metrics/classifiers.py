@@ -139,6 +139,7 @@ def train_classifier(
         ValueError: if a class has no image to train on.
     """
     num_classes, seen = int(labels.max()) + 1, len(labels) - max(1, int(HELD_OUT * len(labels)))
+    batch_size = min(batch_size, seen)
     if len(np.unique(labels[:seen])) < num_classes:
         raise ValueError(
             f"there are {num_classes} classes, some of them without an image: a classifier cannot learn them"

@@ -1,0 +1,236 @@
+"""Small networks trained in pixels: SiT, pyramids, and what might help them; a recipe is one way to train one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from data.images import ImageArchive
+from models import PyramidalPatchDiT, create_model
+from runtime.files import complete_file
+from runtime.logs import to_uint8
+from runtime.rng import Stream, sample_generators
+from runtime.speed import ema_decay_at, update_ema
+from transport import PatchSchedule, Transport, create_transport
+from weights.layouts import initialize_levels
+
+HELD_OUT = 5000  # images, the last ones: neither the classifier nor a run is trained on them
+KEEP_EVERY = 250  # steps
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and the way it is trained; each remedy is one field.
+
+    Args:
+        model:         name in the registry
+        edges:         times at which the level changes; None for the paper's
+        longer:        factor of --steps
+        start:         recipe whose weights at half of --steps it starts from, for the other half
+        shared:        half-width of a window around each edge in which a sample's level is drawn from both sides
+        coarse_data:   every level but the finest predicts data; the loss is still that of the velocity
+        coarse_batch:  so many times as many samples at every level but the finest, each with as much less weight
+        coarse_weight: factor of the loss of every level but the finest
+        wide:          the coarse patches are embedded by an MLP instead of a linear layer
+    """
+
+    model: str
+    edges: tuple[float, ...] | None = None
+    longer: float = 1.0
+    start: str | None = None
+    shared: float = 0.0
+    coarse_data: bool = False
+    coarse_batch: int = 1
+    coarse_weight: float = 1.0
+    wide: bool = False
+
+
+# At 16x16 pixels 1.61 and 2.03 times the steps of a pyramid cost the arithmetic of SiT's.
+RECIPES = {
+    "sit": Recipe("SiT-T/2"),
+    "ppf2": Recipe("PPF-T-2"),
+    "ppf3": Recipe("PPF-T-3"),
+    "ppf2-equal-cost": Recipe("PPF-T-2", longer=1.6),
+    "ppf3-equal-cost": Recipe("PPF-T-3", longer=2.0),
+    "ppf2-edge-0.25": Recipe("PPF-T-2", edges=(0.25,)),
+    "ppf2-edge-0.35": Recipe("PPF-T-2", edges=(0.35,)),
+    "ppf2-edge-0.65": Recipe("PPF-T-2", edges=(0.65,)),
+    "ppf2-from-sit": Recipe("PPF-T-2", start="sit"),
+    "ppf3-from-sit": Recipe("PPF-T-3", start="sit"),
+    "ppf2-shared": Recipe("PPF-T-2", shared=0.1),
+    "ppf2-coarse-data": Recipe("PPF-T-2", coarse_data=True),
+    "ppf2-coarse-batch": Recipe("PPF-T-2", coarse_batch=3),
+    "ppf2-coarse-weight": Recipe("PPF-T-2", coarse_weight=2.0),
+    "ppf2-wide": Recipe("PPF-T-2", wide=True),
+}
+
+
+class VelocityNetwork(nn.Module):
+    """The network of a recipe, which predicts the velocity at every level, or at several levels in one call."""
+
+    def __init__(self, recipe: Recipe, image_size: int, num_classes: int, transport: Transport) -> None:
+        super().__init__()
+        sizes = {"input_size": image_size, "in_channels": 3, "num_classes": num_classes, "learn_sigma": False}
+        self.inner: PyramidalPatchDiT = create_model(recipe.model, **sizes)
+        self.num_levels, self.num_classes = self.inner.num_levels, num_classes
+        self.in_channels = 3
+        self.coarse_data = recipe.coarse_data
+        self.transport = transport
+        if recipe.wide:
+            width = self.inner.hidden_size
+            for level, linear in enumerate(self.inner.x_embedder[:-1]):
+                self.inner.x_embedder[level] = nn.Sequential(
+                    nn.Linear(linear.in_features, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                )
+
+    def forward(self, x: Any, t: Any, y: Any, level: Any = 0) -> Any:
+        outputs = self.inner(x, t, y, level=level)
+        if not self.coarse_data:
+            return outputs
+        if not isinstance(level, Sequence):
+            return self._velocity(outputs, x, t, level)
+        return [self._velocity(*group) for group in zip(outputs, x, t, level, strict=True)]
+
+    def _velocity(self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, level: int) -> torch.Tensor:
+        if level == self.num_levels - 1:
+            return output
+        return self.transport.convert(output, x, t, "velocity", source="data")
+
+    def macs(self, level: int) -> int:
+        """Multiply-accumulates of one evaluation at a level, those of a wide embedding left out."""
+        return self.inner.macs(level)
+
+
+def transport_of(recipe: Recipe) -> Transport:
+    """The process: the Linear path with a velocity, as published."""
+    levels = create_model(recipe.model, input_size=8).num_levels
+    edges = PatchSchedule.default(levels).level_edges if recipe.edges is None else recipe.edges
+    return create_transport(level_edges=edges)
+
+
+class Data:
+    """The images of an archive, in memory."""
+
+    def __init__(self, path: str, image_size: int, folder: Path) -> None:
+        archive = ImageArchive(path, image_size)
+        self.labels = archive.labels
+        self.num_classes = archive.num_classes
+        cache = folder / f"images-{image_size}.npy"
+        if not cache.exists():
+            pixels = np.empty((len(archive), image_size, image_size, 3), np.uint8)
+            for index in tqdm(range(len(archive)), desc="images", unit="image"):
+                pixels[index] = to_uint8(archive.load(index)[0][None])[0].permute(1, 2, 0).numpy()
+            with complete_file(cache) as temporary:
+                np.save(temporary, pixels)
+        self.pixels = np.load(cache)
+        if len(self.pixels) <= 2 * HELD_OUT:
+            raise ValueError(f"{path} has {len(self.pixels)} images, and {HELD_OUT} of them are held out: give more")
+
+    @property
+    def num_training(self) -> int:
+        return len(self.pixels) - HELD_OUT
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (n, 3, S, S) in [-1, 1] and labels (n,)."""
+        pixels = torch.from_numpy(self.pixels[indices.numpy()]).permute(0, 3, 1, 2)
+        return pixels.float() / 127.5 - 1, torch.from_numpy(self.labels[indices.numpy()])
+
+
+def loss_of_step(
+    recipe: Recipe, network: VelocityNetwork, data: Data, step: int, seed: int, batch_size: int
+) -> torch.Tensor:
+    """The loss of a step, a function of (seed, step)."""
+    (g,) = sample_generators(seed, [step], Stream.NOISE)
+    transport = network.transport
+    schedule, finest = transport.schedule, network.num_levels - 1
+    t = transport.sample_times(batch_size, g)
+    level = schedule.level_at(t)
+    weight = torch.where(level < finest, recipe.coarse_weight / recipe.coarse_batch, 1.0)
+    if recipe.coarse_batch > 1:  # more samples at the times of coarse levels
+        coarse = t[level < finest]
+        moved = [(coarse + torch.rand(len(coarse), generator=g) * schedule.edges[-2]) % schedule.edges[-2]]
+        t = torch.cat([t, *(moved * (recipe.coarse_batch - 1))])
+        level = schedule.level_at(t)
+        weight = torch.cat([weight, weight.min().expand(len(t) - batch_size)])
+    if recipe.shared:
+        for number, edge in enumerate(schedule.level_edges):
+            near = (t - edge).abs() < recipe.shared
+            level = torch.where(near, number + torch.randint(2, t.shape, generator=g), level)
+    x1, y = data.batch(torch.randint(data.num_training, t.shape, generator=g))
+    mirrored = torch.rand(len(t), generator=g) < 0.5
+    x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
+    y = y.masked_fill(torch.rand(len(t), generator=g) < 0.1, network.num_classes)
+    x0 = torch.randn(x1.shape, generator=g)
+    x = transport.path.interpolate(x0, x1, t)
+    groups = [torch.nonzero(level == index).flatten() for index in range(network.num_levels)]
+    points, times, labels = ([values[group] for group in groups] for values in (x, t, y))
+    outputs = network(points, times, labels, level=range(network.num_levels))
+    errors = [
+        ((output - (x1 - x0)[group]).square().flatten(1).mean(1) * weight[group]).sum()
+        for output, group in zip(outputs, groups, strict=True)
+    ]
+    return sum(errors) / batch_size
+
+
+def train_run(
+    name: str, seed: int, steps: int, data: Data, folder: Path, batch_size: int, lr: float
+) -> VelocityNetwork:
+    """The averaged network of a run after its steps; what --out has of it is not trained again.
+
+    Returns:
+        the network, in evaluation mode.
+    """
+    recipe = RECIPES[name]
+    run = folder / f"{name.removesuffix('-equal-cost')}-{seed}"  # which continues the run of that name
+    last = round(steps * recipe.longer)
+    image_size = data.pixels.shape[1]
+    torch.manual_seed(seed)
+    network = VelocityNetwork(recipe, image_size, data.num_classes, transport_of(recipe))
+    first = 0
+    if recipe.start:
+        first = steps // 2
+        source = train_run(recipe.start, seed, first, data, folder, batch_size, lr)
+        initialize_levels(network.inner, source.inner)
+    done = run / f"{last:06d}.pt"
+    ema = copy.deepcopy(network).requires_grad_(False)
+    if done.exists():
+        ema.load_state_dict(torch.load(done, weights_only=True))
+        return ema.eval()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    state_file, step = run / "state.pt", first
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    with tqdm(total=last, initial=step, desc=f"{name}, seed {seed}", unit="step", mininterval=10) as progress:
+        while step < last:
+            loss = loss_of_step(recipe, network, data, step, seed, batch_size)
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step - first + 1) / 100)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_ema(ema, network, ema_decay_at(step - first, 0.999))
+            step += 1
+            progress.update()
+            if step % KEEP_EVERY == 0 or step == last:
+                progress.set_postfix(loss=f"{loss.item():.4f}")
+                state = {"network": network.state_dict(), "ema": ema.state_dict()}
+                with complete_file(state_file) as temporary:
+                    torch.save({**state, "optimizer": optimizer.state_dict(), "step": step}, temporary)
+                with complete_file(run / f"{step:06d}.pt") as temporary:
+                    torch.save(ema.state_dict(), temporary)
+    return ema.eval()

@@ -1,0 +1,146 @@
+"""The study of quality at a toy size: its losses, its continuation, its tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import quality, recipes
+from data.datasets import Digits
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A zip archive of 120 digits as RGB images, with their classes."""
+    digits, path = Digits(), tmp_path_factory.mktemp("quality") / "digits.zip"
+    labels = []
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(120):
+            pixels = ((digits.images[number, 0] + 1) * 127.5).round().byte().numpy()
+            stream = io.BytesIO()
+            Image.fromarray(pixels).convert("RGB").save(stream, format="PNG")
+            file.writestr(f"{number:03d}.png", stream.getvalue())
+            labels.append([f"{number:03d}.png", int(digits.labels[number])])
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+@pytest.fixture
+def study(archive, tmp_path, monkeypatch):
+    """The study's command on that archive, its images, and its folder."""
+    monkeypatch.setattr(recipes, "HELD_OUT", 20)
+    monkeypatch.setattr(recipes, "KEEP_EVERY", 1)
+    flags = ["--image-size", "8", "--steps", STEPS, "--batch-size", "8", "--num-samples", "20", "--out", tmp_path]
+    flags += ["--sampling-steps", "3", "--num-held-out", "5", "--classifier-epochs", "1", "--seeds", "0"]
+
+    def run(*more):
+        quality.main([str(flag) for flag in (archive, *flags, *more)])
+        return (tmp_path / "8x8" / "quality.md").read_text()
+
+    return run, recipes.Data(str(archive), 8, tmp_path), tmp_path
+
+
+def test_a_plain_step_has_the_loss_of_the_transport(study, monkeypatch):
+    _, data, _ = study
+    recipe = recipes.RECIPES["ppf2"]
+    network = recipes.VelocityNetwork(recipe, 8, 10, recipes.transport_of(recipe))
+    torch.nn.init.normal_(network.inner.final_layer.linear[1].weight)
+    seen = {}
+    monkeypatch.setattr(
+        type(network.transport.path),
+        "interpolate",
+        lambda path, x0, x1, t: seen.update(x0=x0, x1=x1, t=t) or t_x(x0, x1, t),
+    )
+
+    def t_x(x0, x1, t):
+        t = t[:, None, None, None]
+        return t * x1 + (1 - t) * x0
+
+    labels = []
+    network.inner.y_embedder.register_forward_hook(lambda module, inputs, output: labels.append(inputs[0]))
+    loss = recipes.loss_of_step(recipe, network, data, step=3, seed=0, batch_size=16)
+    level = network.transport.schedule.level_at(seen["t"])
+    y = torch.empty(16, dtype=torch.long)
+    for index, group in enumerate(labels):
+        y[level == index] = group
+    given = {name: seen[name].clone() for name in ("x1", "x0", "t")}
+    expected = network.transport.training_losses(network, given["x1"], y, t=given["t"], x0=given["x0"])["loss"].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_more_samples_at_the_coarse_level_leave_the_mean_loss(study):
+    _, data, _ = study
+    plain, more = recipes.RECIPES["ppf2"], recipes.RECIPES["ppf2-coarse-batch"]
+    network = recipes.VelocityNetwork(plain, 8, 10, recipes.transport_of(plain))  # predicts zero
+    losses = torch.tensor(
+        [
+            [recipes.loss_of_step(recipe, network, data, step, 0, 16).item() for step in range(60)]
+            for recipe in (plain, more)
+        ]
+    )
+    error = (losses.var(1) / losses.shape[1]).sum().sqrt()
+    assert (losses.mean(1)[0] - losses.mean(1)[1]).abs() < 4 * error
+
+
+def test_a_level_that_predicts_data_gives_its_velocity():
+    recipe = recipes.RECIPES["ppf2-coarse-data"]
+    network = recipes.VelocityNetwork(recipe, 8, 10, recipes.transport_of(recipe))
+    x0, x1 = torch.randn(2, 6, 3, 8, 8).unbind()
+    t = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    x = network.transport.path.interpolate(x0, x1, t)
+    network.inner.forward = lambda *args, level: x1 if level == 0 else x1 - x0
+    for level in (0, 1):
+        torch.testing.assert_close(network(x, t, None, level=level), x1 - x0, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_levels_take_turns_around_an_edge_alone(study, monkeypatch):
+    _, data, _ = study
+    recipe = recipes.RECIPES["ppf2-shared"]
+    network = recipes.VelocityNetwork(recipe, 8, 10, recipes.transport_of(recipe))
+    seen = []
+    forward = network.inner.forward
+    monkeypatch.setattr(
+        network.inner, "forward", lambda x, t, y, level: seen.append(t) or forward(x, t, y, level=level)
+    )
+    for step in range(20):
+        recipes.loss_of_step(recipe, network, data, step, 0, 16)
+    coarse, fine = (torch.cat([times[level] for times in seen]) for level in (0, 1))
+    assert 0.5 < coarse.max() < 0.6
+    assert 0.4 < fine.min() < 0.5
+
+
+def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypatch, capsys):
+    run, _, folder = study
+    names = ["sit", "ppf2", "ppf2-equal-cost", "ppf3-from-sit", "ppf2-coarse-data", "ppf2-wide"]
+    first = run("--runs", *names, "--moved-edges", "0.3")
+    for name in names:
+        assert f"| {name} | 1 | 1.5 |" in first
+    assert (folder / "8x8" / "quality.png").exists()
+    picture = np.asarray(Image.open(folder / "8x8" / "sit-0.png"))
+    assert picture.ndim == 3
+    monkeypatch.setattr(recipes, "loss_of_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(quality, "draw", lambda *args: pytest.fail("sampled again"))
+    assert run("--runs", *names, "--moved-edges", "0.3") == first
+
+
+def test_a_run_that_is_continued_is_the_run_that_never_stopped(study):
+    _, data, folder = study
+    settings = {"data": data, "batch_size": 8, "lr": 1e-3}
+    recipes.train_run("ppf2", 0, 2, folder=folder / "stopped", **settings)
+    continued = recipes.train_run("ppf2", 0, 4, folder=folder / "stopped", **settings)
+    whole = recipes.train_run("ppf2", 0, 4, folder=folder / "whole", **settings)
+    for one, other in zip(continued.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_bad_input_is_one_line(study, archive, tmp_path, refuses):
+    refuses(quality.main, archive, "--out", tmp_path, "--steps", "3", "--image-size", "8", "--runs", "nothing")
+    assert "missing.zip" in refuses(quality.main, "missing.zip", "--out", tmp_path)
