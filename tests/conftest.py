@@ -76,6 +76,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights of Inception, 96 MB."""
+    from random_inception import write_random_inception
+
+    return write_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
 @pytest.fixture
 def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Call a script's main with bad input: it must end with one line on stderr and exit code 2, which is returned."""
