@@ -163,6 +163,8 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         "level_edges": pipe.transport.schedule.level_edges,
     }
     settings |= pipe.changed
+    if pipe.transport.aug_dim is not None:  # folders of Gaussian noise are older than this setting
+        settings["aug_dim"] = pipe.transport.aug_dim
     if args.latents:
         settings["scaling"] = asdict(pipe.autoencoder.scaling)
     return json.loads(json.dumps(settings))
