@@ -176,6 +176,8 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         "nfe_per_image": None if solver.adaptive else job.cost.nfe(1),
         "gmacs_per_image": None if solver.adaptive else job.cost.gmacs(1),
     }
+    if pipe.transport.aug_dim is not None:  # folders of Gaussian noise are older than this setting
+        settings["aug_dim"] = pipe.transport.aug_dim
     if args.latents:
         settings["scaling"] = asdict(pipe.autoencoder.scaling)
     return json.loads(json.dumps(settings))

@@ -27,6 +27,7 @@ from transport import (
     PREDICTIONS,
     SDE,
     SDE_METHODS,
+    TIME_SAMPLINGS,
     Guidance,
     PatchSchedule,
 )
@@ -100,6 +101,15 @@ def some_text(text: str) -> str:
     return text
 
 
+def augmented_dimension(text: str) -> float | None:
+    """Argparse type for the D of PFGM++; None for infinity, which is Gaussian noise."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return None if math.isinf(value) else value
+
+
+augmented_dimension.__name__ = "float"
 positive_int = number(int, 1)
 natural_int = number(int, 0)
 positive_float = number(float, 0, open_ends=True)
@@ -316,15 +326,31 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)",
     )
+    add(
+        "--aug-dim",
+        "--aug_dim",
+        type=augmented_dimension,
+        metavar="D",
+        help="PFGM++'s augmented dimension: noise is a Student-t with D degrees of freedom (default: inf, Gaussian)",
+    )
+    add("--time-sampling", choices=TIME_SAMPLINGS, default="uniform", help="density of the times of training")
+    add(
+        "--time-params",
+        type=finite_float,
+        nargs=2,
+        metavar=("M", "S"),
+        help="mean and standard deviation of log(alpha/sigma) for logit-normal times (default: 0 1)",
+    )
 
 
 PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
+TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "aug_dim", "time_sampling", "time_params")
 
 
 def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
     """Arguments of create_transport: the flags', with the paper's edges where --level-edges is not given."""
     edges = PatchSchedule.default(num_levels).level_edges if args.level_edges is None else args.level_edges
-    return {**{name: getattr(args, name) for name in PROCESS_FLAGS}, "level_edges": list(edges)}
+    return {**{name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}, "level_edges": list(edges)}
 
 
 def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:

@@ -153,10 +153,16 @@ class Sampler:
             (N, ...) data.
 
         Raises:
-            ValueError: if a name is unknown, a number is out of range, or the last step crosses a level edge.
+            ValueError: if a name is unknown, a number is out of range, the last step crosses a level edge, or the
+                noise is not Gaussian.
         """
         # Refuses wrong values; the steps are checked with the intervals that they are shared among.
         SDE(method, 1, diffusion_form, diffusion_norm, last_step, last_step_size)
+        if self.transport.aug_dim is not None:
+            raise ValueError(
+                f"an SDE needs the score, which a network trained with D = {self.transport.aug_dim:g} of PFGM++ does "
+                "not tell: sample with ODE"
+            )
         start, stop = self._sde_interval(diffusion_form, last_step, last_step_size)
         x = x0 * self._boundary(start)
         plan = self._plan(model, start, stop, num_steps, reserve=0 if last_step is None else 1)
