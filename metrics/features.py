@@ -97,16 +97,20 @@ class Function(Extractor):
         with exact_arithmetic():
             given = self._function(images.to(self.device))
         features = given if isinstance(given, Features) else Features(given)
-        for field, values in features._asdict().items():
-            if values is None and field != "pool":
-                continue
-            found = (
-                f"{tuple(values.shape)} {values.dtype}" if isinstance(values, torch.Tensor) else type(values).__name__
-            )
-            fits = isinstance(values, torch.Tensor) and values.ndim == 2 and len(values) == len(images)
-            if not fits or not values.is_floating_point():
-                raise ValueError(f"{self.name} gives {found} of {len(images)} images, not floats ({len(images)}, d)")
+        for values in features:
+            if values is not None or features.pool is None:
+                _check_features(values, len(images), self.name)
         return Features(*(None if values is None else values.float() for values in features))
+
+
+def _check_features(values: Any, number: int, name: str) -> None:
+    """Refuse what is not float values (number, d), of the function of this name (ValueError)."""
+    found = type(values).__name__
+    if isinstance(values, torch.Tensor):
+        if values.is_floating_point() and values.ndim == 2 and len(values) == number:
+            return
+        found = f"{values.dtype} {tuple(values.shape)}"
+    raise ValueError(f"--features {name} gives {found} of {number} images, not floats ({number}, d)")
 
 
 def _import_function(name: str) -> tuple[Callable[[torch.Tensor], Any], str]:
@@ -142,7 +146,7 @@ def load_extractor(
         ValueError:        if there is no such extractor, it has no weights to give, or they are others.
         ConnectionError:   if weights cannot be fetched.
     """
-    if name == "inception":
+    if name == "inception":  # imported where they are needed: they import this module
         from metrics.inception import load_inception
 
         return load_inception(weights, device)

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SAMPLES = 7
     LABELS = 8
     PROBES = 10
+    EVALUATION = 11  # samples that are measured during training
 
 
 def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream.CHOICE) -> list[torch.Generator]:
