@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import start_script
 from PIL import Image
+from random_inception import write_random_inception
 
 import evaluate as command
 from evaluate import main
@@ -157,19 +158,7 @@ def test_numbers_of_inception_are_those_of_torch_fidelity(folder, monkeypatch):
     ]
     for name, pixels in zip(("reference.npz", "samples.npz"), sides, strict=True):
         np.savez(folder / name, pixels)
-    torch.manual_seed(0)
-    network = inception.InceptionNetwork()
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight)
-        elif isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0  # random weights, but activations as large as those of a trained network
-    torch.nn.init.normal_(network.fc.weight, std=0.2)
-    with torch.no_grad():
-        x = inception.resize_bilinear(torch.from_numpy(sides[0]).permute(0, 3, 1, 2).float(), (299, 299))
-        network.train()((x - 128) / 128)
-    weights = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
-    torch.save(weights, folder / "inception.pth")
+    write_random_inception(folder / "inception.pth")
     monkeypatch.setattr(inception, "SHA256", "")
     numbers = run(folder, "--inception", folder / "inception.pth", "--batch-size", 7, features="inception")
     found = by_torch_fidelity(
