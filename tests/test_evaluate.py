@@ -17,6 +17,7 @@ from random_inception import write_random_inception
 import evaluate as command
 from evaluate import main
 from metrics.features import Pixels
+from runtime.errors import run_script
 
 SIZE = 4
 
@@ -390,3 +391,24 @@ def test_image_that_is_damaged_leaves_nothing_half_written(folder, refuses):
     assert "3.png" in refused(folder, refuses, samples="pictures")
     assert "3.png" in refuses(main, "stats", folder / "pictures", folder / "stats.npz", "--features", "pixels")
     assert not list(folder.glob("*stats*"))
+
+
+def test_evaluation_that_is_interrupted_leaves_nothing(folder, monkeypatch):
+    """In the second of the two passes: the reference is kept whole, and there are no numbers."""
+    original, seen = Pixels.__call__, []
+
+    def interrupt(self, images):
+        seen.append(len(images))
+        if sum(seen) > 60:
+            raise KeyboardInterrupt
+        return original(self, images)
+
+    monkeypatch.setattr(Pixels, "__call__", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: run(folder, features="pixels"))
+    assert stopped.value.code == 130
+    assert not list(folder.glob("*numbers*"))
+    assert not list((folder / "cache").rglob(".*"))
+    monkeypatch.setattr(Pixels, "__call__", original)
+    expected = values_of(run(folder, "--cache", folder / "other", features="pixels"))
+    assert values_of(run(folder, features="pixels")) == expected
