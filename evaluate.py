@@ -69,7 +69,7 @@ def build_parser() -> cli.ArgumentParser:
     add("reference", metavar="REF", type=cli.some_text, help="reference images, or statistics of them")
     add("samples", metavar="SAMPLES", type=cli.some_text, help="samples, likewise")
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} (default: all possible)")
-    add("--num", type=cli.positive_int, help="take so many of the samples, at random (default: all)")
+    add("--num-samples", type=cli.positive_int, help="take so many of the samples, at random (default: all)")
     add("--k", type=cli.positive_int, default=3, help="neighbours of precision and recall")
     add("--adm-half", action="store_true", help="round distances of precision and recall to fp16, as ADM does")
     add("--errors", action="store_true", help="standard errors as well")
@@ -147,22 +147,24 @@ def extractor_from(args: argparse.Namespace, sides: Sequence[Side], device: torc
 
 
 def chosen_samples(args: argparse.Namespace, samples: Side) -> np.ndarray | None:
-    """Numbers of the samples that --num asks for, ascending; None for all.
+    """Numbers of the samples that --num-samples asks for, ascending; None for all.
 
     Raises:
-        ValueError: if there are not so many, or --num, --errors or --fid-inf take images and there are statistics.
+        ValueError: if there are not so many, or statistics where --num-samples, --errors or --fid-inf take images.
     """
-    flags = {"--num": args.num, "--errors": args.errors, "--fid-inf": args.fid_inf}
+    flags = {"--num-samples": args.num_samples, "--errors": args.errors, "--fid-inf": args.fid_inf}
     if samples.statistics is not None and (given := [flag for flag, value in flags.items() if value]):
         raise ValueError(f"{given[0]} takes the samples themselves, and {samples.source} holds their statistics")
     number = len(samples.images) if samples.images is not None else 0
-    if args.num is not None and not 2 <= args.num <= number:
-        raise ValueError(f"--num {args.num}: {samples.source} holds {number} images; give 2 to {number}")
-    if (args.errors or args.fid_inf) and (args.num or number) < 2 * CHUNKS:
+    if args.num_samples is not None and not 2 <= args.num_samples <= number:
+        raise ValueError(
+            f"--num-samples {args.num_samples}: {samples.source} holds {number} images; give 2 to {number}"
+        )
+    if (args.errors or args.fid_inf) and (args.num_samples or number) < 2 * CHUNKS:
         raise ValueError(f"--errors and --fid-inf take {2 * CHUNKS} samples or more")
-    if args.num is None or args.num == number:
+    if args.num_samples is None or args.num_samples == number:
         return None
-    return np.sort(np.random.default_rng(0).permutation(number)[: args.num])
+    return np.sort(np.random.default_rng(0).permutation(number)[: args.num_samples])
 
 
 class Job(NamedTuple):

@@ -253,12 +253,12 @@ def test_second_evaluation_takes_the_reference_from_the_cache(folder, capsys, mo
 
 
 def test_part_of_the_samples_is_random_and_repeatable(folder):
-    whole, part = run(folder), run(folder, "--num", 30)
+    whole, part = run(folder), run(folder, "--num-samples", 30)
     assert (whole["num_samples"], part["num_samples"]) == (50, 30)
     np.savez(folder / "first.npz", draw(50, seed=1)[:30])
     assert run(folder, samples="first.npz")["metrics"]["fd"] != part["metrics"]["fd"]
-    assert run(folder, "--num", 30) == part
-    assert run(folder, "--num", 50) == whole
+    assert run(folder, "--num-samples", 30) == part
+    assert run(folder, "--num-samples", 50) == whole
 
 
 # -- The report --------------------------------------------------------------------------------------------------
@@ -350,8 +350,8 @@ def test_flags_without_effect_are_refused(folder, refuses):
     for flags, words in (
         (["--inception", "x"], "--inception has no effect with --features pixels"),
         (["--metrics", "fid"], "the distance is called fd"),
-        (["--num", 51], "holds 50 images"),
-        (["--num", 10, "--errors"], "take 20 samples or more"),
+        (["--num-samples", 51], "holds 50 images"),
+        (["--num-samples", 10, "--errors"], "take 20 samples or more"),
         (["--json", folder], "is a folder"),
         (["--json", folder / "samples.npz" / "numbers.json"], "cannot be written"),
     ):
