@@ -29,7 +29,7 @@ from models import PyramidalPatchDiT
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
+from transport import ODE, SDE, Guidance, PatchSchedule, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
 from weights.pretrained import load_pretrained
 
@@ -109,6 +109,7 @@ class Pipeline:
             "prediction": own.prediction,
             "loss_weight": own.loss_weight,
             "train_eps": own.train_eps,
+            "aug_dim": own.aug_dim,
         }
         check_claims({name: given.get(name) for name in file.stated}, trained_with, str(source))
         config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
@@ -118,11 +119,16 @@ class Pipeline:
             note(f"{source} has sample_eps {before:g}, from which no solver can start: {own.sample_eps:g} is used")
         if level_edges is not None:
             given["level_edges"] = level_edges
-        used = ("path_type", "prediction", "sample_eps", "level_edges")
+        used = ("path_type", "prediction", "sample_eps", "level_edges", "aug_dim")
         transport = create_transport(**config | {name: given[name] for name in used if name in given})
         transport.check_levels(file.model)
         before, after = (
-            {"path_type": each.path.name, "prediction": each.prediction, "sample_eps": each.sample_eps}
+            {
+                "path_type": each.path.name,
+                "prediction": each.prediction,
+                "sample_eps": each.sample_eps,
+                "aug_dim": each.aug_dim,
+            }
             for each in (own, transport)
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
@@ -235,6 +241,7 @@ class Pipeline:
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
         x0: torch.Tensor | None = None,
+        levels: range | None = None,
     ) -> torch.Tensor:
         """Draw samples (N, C, h, w) as the network sees them.
 
@@ -243,20 +250,24 @@ class Pipeline:
             generators: of noise and increments, one per sample; then sample i depends on its own alone (but for
                         adaptive solvers, whose steps follow the batch)
             seed:       of the generators where none are given
-            x0:         (N, C, h, w) noise to start from, instead of the generators'
+            x0:         (N, C, h, w) noise to start from, instead of the generators'; the state at the first edge of
+                        levels that do not begin with level 0
+            levels:     walk these levels alone, with an ODE: the result is the state at their last edge; None for all
 
         Raises:
-            ValueError: if the solver or the guidance does not fit the network.
+            ValueError: if the solver, the guidance or the levels do not fit the network.
             FloatingPointError: if the solver fails, or a sample is not finite.
         """
         if generators is None:
             generators = sample_generators(seed, range(len(labels)), Stream.SAMPLES)
+        if x0 is None and levels is not None and levels.start > 0:
+            raise ValueError(f"{levels} begin at an edge: give x0, the state there")
         if x0 is None:
             shape = (len(labels), self.model.in_channels, *self.model.input_size)
             x0 = self.transport.noise.sample(shape, generators, self.device)
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
-        return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators))
+        return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators, levels))
 
     @torch.no_grad()
     def noise(
@@ -359,15 +370,8 @@ class Pipeline:
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on."""
         other = self._with_model(_FinestLevel(self.model))
-        process = self.transport
-        other.transport = create_transport(
-            process.path.name,
-            process.prediction,
-            process.loss_weight,
-            process.train_eps,
-            process.sample_eps,
-            check_ends=False,
-        )
+        other.transport = copy.copy(self.transport)
+        other.transport.schedule = PatchSchedule()
         return other
 
     def counted(self, progress: tqdm | None = None) -> Pipeline:

@@ -1,6 +1,6 @@
 """Draw the many samples that an FID needs, on any number of processes.
 
-    torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000 --cfg-scales 1.5
+    torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000
 
 Writes a folder of PNG files (none with --no-png) and an .npz as ADM's evaluation suite reads it: arr_0 (N, H, W, 3)
 uint8 in sample order, arr_1 (N,) int64 the classes. With --latents nothing is decoded: arr_0 of NAME-latents.npz is
@@ -13,13 +13,13 @@ run that was interrupted makes what is missing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ import train_utils as cli
 from models import PyramidalPatchDiT
 from pipeline import EvaluationCounter, Pipeline, Solver
 from runtime.distributed import Processes, agree, check_same_flags, on_main, start_processes
-from runtime.errors import UserError, note, run_script, user_input
+from runtime.errors import UserError, note, run_script, user_input, user_output
 from runtime.files import complete_file
 from runtime.logs import to_uint8
 from runtime.rng import Stream, label_of, sample_generators
@@ -47,6 +47,10 @@ NOT_SETTINGS = {
     *("compile", "vae", "latents"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
+SCALES_NOTE = "default: as in PPFlow's evaluation 1 3 for 2 levels, 1 3.5 3.75 for 3; else, and with --likelihood, 1"
+writing = partial(
+    user_output, advice="make room there, or choose another --sample-dir; the same command makes what is missing"
+)
 # Settings that describe the samples and decide nothing; folders of earlier versions do not have them.
 DESCRIPTIONS = {"num_classes", "nfe_per_image", "gmacs_per_image"}
 
@@ -81,7 +85,7 @@ def build_parser() -> cli.ArgumentParser:
             help="the latents before decoding instead of images, in NAME-latents.npz",
         )
         add("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
-        cli.add_model_args(command, 1.0)
+        cli.add_model_args(command, None, SCALES_NOTE)
         if mode == "SDE":
             cli.add_sde_args(command)
             continue
@@ -150,6 +154,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
     settings |= {
         "precision": pipe.precision,
         "png": job.png,
+        "cfg_scales": list(job.guidance.scales),
         "sampling_method": solver.method,
         "num_sampling_steps": [steps] if isinstance(steps, int) else list(steps),
     }
@@ -171,6 +176,8 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         "nfe_per_image": None if solver.adaptive else job.cost.nfe(1),
         "gmacs_per_image": None if solver.adaptive else job.cost.gmacs(1),
     }
+    if pipe.transport.aug_dim is not None:  # folders of Gaussian noise are older than this setting
+        settings["aug_dim"] = pipe.transport.aug_dim
     if args.latents:
         settings["scaling"] = asdict(pipe.autoencoder.scaling)
     return json.loads(json.dumps(settings))
@@ -216,16 +223,6 @@ def prepare_folder(job: Job, digest: str) -> Path:
 def make_store(job: Job, folder: Path) -> SampleStore:
     """The store of the samples."""
     return PngStore(folder) if job.png else ShardStore(folder, "latents" if job.args.latents else "pixels")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the error of a file or folder that cannot be written into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        advice = "make room there, or choose another --sample-dir; the same command makes what is missing"
-        raise UserError(f"{path} cannot be written: {error}; {advice}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -314,13 +311,15 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
         ValueError, OSError: if something is missing, or would fail later.
     """
     likelihood = args.mode == "ODE" and args.likelihood
-    solver, guidance = cli.solver_from(args), cli.guidance_from(args)
+    solver = cli.solver_from(args)
     precision = args.precision or default_precision(processes.device, training=False)
     if args.tf32 is not None:
         precision = "tf32" if args.tf32 else "fp32"
     if line := precision_note(precision, processes.device):
         note(line)
     pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents)
+    # A likelihood is that of the network alone, unless guidance is asked for.
+    guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(pipe.model.num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile)
     cost = pipe.check(solver, guidance, likelihood)

@@ -140,9 +140,10 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     source, notes = distributed.on_main(lambda: run.starting_point(args.run_dir, args.ckpt), processes)
     stored: dict[str, Any] | None = None
     if source:
+        defaults = vars(build_parser().parse_args([]))
         stored = distributed.agree(lambda: checkpoints.load_checkpoint(source), processes)
         settings, changes = distributed.agree(
-            lambda: run.continued_settings(vars(args), given, stored["config"]["args"], source), processes
+            lambda: run.continued_settings(vars(args), given, defaults, stored["config"]["args"], source), processes
         )
         args, notes = argparse.Namespace(**settings), notes + changes
     if not args.data_path:
@@ -195,6 +196,9 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 
     data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
     this_run.introduce(f"{args.model}: {model.describe()}", data, args.precision, notes)
+    expected = [args.global_batch_size * share for share in transport.level_probabilities()]
+    if rare := [f"{samples:.2g} of level {level}" for level, samples in enumerate(expected) if samples < 1]:
+        this_run.say(f"warning: a batch of {args.global_batch_size} has on average only {', '.join(rare)}")
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     return Training(

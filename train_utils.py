@@ -27,6 +27,7 @@ from transport import (
     PREDICTIONS,
     SDE,
     SDE_METHODS,
+    TIME_SAMPLINGS,
     Guidance,
     PatchSchedule,
 )
@@ -100,6 +101,15 @@ def some_text(text: str) -> str:
     return text
 
 
+def augmented_dimension(text: str) -> float | None:
+    """Argparse type for the D of PFGM++; None for infinity, which is Gaussian noise."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return None if math.isinf(value) else value
+
+
+augmented_dimension.__name__ = "float"
 positive_int = number(int, 1)
 natural_int = number(int, 0)
 positive_float = number(float, 0, open_ends=True)
@@ -316,19 +326,39 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)",
     )
+    add(
+        "--aug-dim",
+        "--aug_dim",
+        type=augmented_dimension,
+        metavar="D",
+        help="PFGM++'s augmented dimension: noise is a Student-t with D degrees of freedom (default: inf, Gaussian)",
+    )
+    add("--time-sampling", choices=TIME_SAMPLINGS, default="uniform", help="density of the times of training")
+    add(
+        "--time-params",
+        type=finite_float,
+        nargs=2,
+        metavar=("M", "S"),
+        help="mean and standard deviation of log(alpha/sigma) for logit-normal times (default: 0 1)",
+    )
 
 
 PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
+TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "aug_dim", "time_sampling", "time_params")
 
 
 def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
     """Arguments of create_transport: the flags', with the paper's edges where --level-edges is not given."""
     edges = PatchSchedule.default(num_levels).level_edges if args.level_edges is None else args.level_edges
-    return {**{name: getattr(args, name) for name in PROCESS_FLAGS}, "level_edges": list(edges)}
+    return {**{name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}, "level_edges": list(edges)}
 
 
-def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
-    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the trained network that is sampled from, and its process as checked against it.
+
+    Returns:
+        add_argument of the process's group.
+    """
     add = parser.add_argument_group("model").add_argument
     add(
         "--ckpt",
@@ -355,6 +385,12 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
     add("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
     add("--train-eps", type=finite_float, help="of the training alone")
     add("--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)")
+    return add
+
+
+def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
+    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+    add = add_network_args(parser)
     add(
         "--level-edges",
         type=float,
@@ -377,10 +413,11 @@ def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool
     """
     source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
     process = {name: getattr(args, name) for name in PROCESS_FLAGS}
+    guidance = guidance_from(args)
     pipe = Pipeline.load(source, args.weights, None if latents else args.vae, args.level_edges, process)
     claims = {"model": args.model and canonical_name(args.model), "num_classes": args.num_classes}
     check_claims(claims, {"model": pipe.name, "num_classes": pipe.model.num_classes}, source)
-    guidance_from(args).of(pipe.model)
+    guidance.of(pipe.model)
     if latents:
         if args.image_size is not None:
             raise ValueError("--image-size is the side of images, and --latents makes none: leave it out")
@@ -423,10 +460,15 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default
     )
 
 
-def guidance_from(args: argparse.Namespace, default: float = 1.0) -> Guidance:
+def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] = 1.0) -> Guidance:
     """Guidance that --cfg-scales and its companions ask for (ValueError where they cannot)."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
-    return Guidance(tuple(args.cfg_scales or [default]), args.cfg_channels, interval)
+    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval)
+
+
+def evaluation_scales(num_levels: int) -> tuple[float, ...]:
+    """Guidance scales that PPFlow draws the samples of its FID with; SiT's single level is not guided there."""
+    return {2: (1.0, 3.0), 3: (1.0, 3.5, 3.75)}.get(num_levels, (1.0,))
 
 
 def add_ode_args(parser: argparse.ArgumentParser, default: str = "ab2") -> None:

@@ -82,13 +82,18 @@ PATHS = {"data_path", "eval_ref", "eval_weights"}
 
 
 def continued_settings(
-    settings: Mapping[str, Any], given: set[str], stored: Mapping[str, Any], source: Path
+    settings: Mapping[str, Any],
+    given: set[str],
+    defaults: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    source: Path,
 ) -> tuple[dict[str, Any], list[str]]:
     """The settings of a start that continues a run: those that were given, and those that the run remembers.
 
     Args:
         settings: this start's flags by their names, defaults included
         given:    names of the flags that were given
+        defaults: values of flags that are not given, which a run of an earlier version has where it knows no others
         stored:   the settings in the run's checkpoint
         source:   the checkpoint's file
 
@@ -111,7 +116,7 @@ def continued_settings(
         merged["ckpt"] = stored.get("ckpt")
     if {"epochs", "max_steps"} & given:  # two ways to say how long
         given = given | {"epochs", "max_steps"}
-    for name, value in stored.items():
+    for name, value in {**defaults, **stored}.items():
         if name in OF_A_START:
             continue
         if name not in given:

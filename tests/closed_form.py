@@ -11,6 +11,7 @@ from functools import cache
 from itertools import pairwise
 
 import torch
+from scipy import stats
 
 PATH_NAMES = ("Linear", "GVP", "VP")
 QUANTITIES = ("velocity", "noise", "score", "data")
@@ -227,3 +228,44 @@ def sde_chain(
 
 # Different means and variances in each dimension; the fourth is wide, the fifth narrow.
 DATA = Gaussian([0.3, -0.2, 0.5, 0.0, -0.4], [1.0, 0.25, 0.5, 2.0, 0.1])
+
+
+# -- Student-t noise -----------------------------------------------------------------------------------------------
+
+
+class GaussianInStudentNoise:
+    """The exact network for data N(m, S) and independent noise t_D: what Gaussian noise of variance 1 / g would see,
+    averaged over g ~ chi2_D / D given x_t. The flow turns noise into N(m, S) whatever D is; in one dimension it keeps
+    quantiles."""
+
+    def __init__(self, data: Gaussian, path: str, prediction: str, dof: float, num_levels: int = 1) -> None:
+        self.data, self.path, self.prediction, self.num_levels = data, path, prediction, num_levels
+        law = stats.chi2(dof)  # the trapezoidal rule in log g
+        log_g = torch.linspace(math.log(law.ppf(1e-16)), math.log(law.isf(1e-16)), 300, dtype=torch.float64)
+        self.log_weight = (dof / 2 * log_g - log_g.exp() / 2)[:, None]  # (G, 1)
+        self.g = (log_g.exp() / dof)[:, None, None]  # (G, 1, 1)
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, level: int = 0) -> torch.Tensor:
+        alpha, sigma, d_alpha, d_sigma = numbers(self.path, t[0].item())
+        deviation = x - alpha * self.data.mean
+        variance = alpha**2 * self.data.variance + sigma**2 / self.g  # (G, 1, D)
+        log_likelihood = -0.5 * (deviation**2 / variance + variance.log()).sum(2)
+        posterior = torch.softmax(self.log_weight + log_likelihood, 0)[..., None]  # (G, N, 1)
+        data = self.data.mean + (posterior * alpha * self.data.variance / variance).sum(0) * deviation
+        noise = (posterior * sigma / self.g / variance).sum(0) * deviation
+        return {"data": data, "noise": noise, "velocity": d_alpha * data + d_sigma * noise}[self.prediction]
+
+
+class TwoPoints:
+    """The exact network for the data -1 (probability 0.3) and +1 (0.7) in Student-t noise, in one dimension.
+
+    The flow keeps the order of points, so noise below the noise's 0.3 quantile goes to -1 and the rest to +1.
+    """
+
+    def __init__(self, path: str, dof: float) -> None:
+        self.path, self.dof, self.num_levels = path, dof, 1
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, level: int = 0) -> torch.Tensor:
+        alpha, sigma, _, _ = numbers(self.path, t[0].item())
+        minus, plus = (torch.log1p(((x - alpha * point) / sigma) ** 2 / self.dof) for point in (-1, 1))
+        return torch.tanh((minus - plus) * (self.dof + 1) / 4 + math.log(0.7 / 0.3) / 2)  # E[x_1 | x_t]

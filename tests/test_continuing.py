@@ -556,3 +556,16 @@ def test_a_run_of_an_earlier_version_can_be_evaluated(earlier_run: Path, tmp_pat
     flags = ["--eval-every", "1", "--eval-num", "20", "--eval-ref", "digits", "--eval-features", "pixels"]
     train(["--run-dir", str(earlier_run), *flags])
     assert "fd20" in json.loads((earlier_run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_has_its_default(
+    earlier_run: Path, refuses: Callable[..., str]
+) -> None:
+    """Else a new flag would make it another run, without a word."""
+    for flags, default in (
+        (["--time-sampling", "cosmap"], "--time-sampling is uniform in "),
+        (["--aug-dim", "64"], "--aug-dim is None in "),
+    ):
+        assert default in refuses(train, "--run-dir", earlier_run, *flags)
+    train(["--run-dir", str(earlier_run), "--aug-dim", "inf", "--time-sampling", "uniform", "--deterministic"])
+    assert "--deterministic is True from here on; it was False" in (earlier_run / "log.txt").read_text()

@@ -341,6 +341,24 @@ def test_names_of_any_letters_in_any_locale(tiny_run: Path, tmp_path: Path) -> N
     assert b"this locale has no such letters, set PYTHONUTF8=1" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "scales"),
+    [
+        ("SiT-T/2", [], [1.0]),
+        ("PPF-T-2", [], [1.0, 3.0]),
+        ("PPF-T-3", [], [1.0, 3.5, 3.75]),
+        ("PPF-T-2", ["--cfg-scales", "1.0"], [1.0]),
+        ("PPF-T-2", ["--likelihood"], [1.0]),
+    ],
+)
+def test_guidance_is_that_of_ppflows_evaluation(model: str, flags: list[str], scales: list[float], tmp_path: Path):
+    create_model(model, input_size=8, in_channels=3, num_classes=2).save_pretrained(tmp_path / "weights")
+    flags = [*flags, "--sampling-method", "euler", "--num-sampling-steps", "4", "--num-fid-samples", "1"]
+    main(["ODE", "--ckpt", str(tmp_path / "weights"), *flags, "--sample-dir", str(tmp_path / "samples")])
+    assert settings_of(tmp_path / "samples")["cfg_scales"] == scales
+    assert f"-cfg-{'-'.join(f'{scale:g}' for scale in scales)}-seed" in store_of(tmp_path / "samples").folder.name
+
+
 def test_labels() -> None:
     assert set(Counter(label_of(i, 10, seed=0, sampling="balanced") for i in range(50)).values()) == {5}
     counts = Counter(label_of(i, 10, seed=0, sampling="random") for i in range(2000))
@@ -392,13 +410,13 @@ def test_settings_are_stored(samples: Path) -> None:
 
 def test_settings_tell_the_cost(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
     macs = [Pipeline.load(tiny_run).model.macs(level) for level in (0, 1)]
-    assert settings_of(samples)["nfe_per_image"] == 4
-    assert settings_of(samples)["gmacs_per_image"] == pytest.approx((2 * macs[0] + 2 * macs[1]) / 1e9)
+    assert settings_of(samples)["nfe_per_image"] == 2 + 2 * 2  # the fine level is guided
+    assert settings_of(samples)["gmacs_per_image"] == pytest.approx((2 * macs[0] + 2 * 2 * macs[1]) / 1e9)
     flags = ["--ckpt", str(tiny_run), "--num-fid-samples", "1", "--sample-dir", str(tmp_path / "more")]
-    main(["ODE", *flags, "--cfg-scales", "1", "2", "--num-sampling-steps", "4", "2"])
+    main(["ODE", *flags, "--cfg-scales", "2", "1", "--num-sampling-steps", "4", "3"])
     cost = settings_of(tmp_path / "more")
-    assert cost["nfe_per_image"] == 4 + 2 * 2
-    assert cost["gmacs_per_image"] == pytest.approx((4 * macs[0] + 2 * 2 * macs[1]) / 1e9)
+    assert cost["nfe_per_image"] == 2 * 4 + 3
+    assert cost["gmacs_per_image"] == pytest.approx((2 * 4 * macs[0] + 3 * macs[1]) / 1e9)
     main(["ODE", *flags[:-1], str(tmp_path / "adaptive"), "--sampling-method", "bosh3"])
     cost = settings_of(tmp_path / "adaptive")
     assert cost["nfe_per_image"] is cost["gmacs_per_image"] is None

@@ -1,7 +1,7 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
 from transport.guidance import ClassifierFreeGuidance, Guidance
-from transport.noise import GaussianNoise, randn
+from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
 from transport.sampler import Sampler, bits_per_dim
 from transport.schedule import Interval, PatchSchedule
@@ -17,6 +17,7 @@ from transport.solvers import (
     SDE_METHODS,
     check_ode_method,
 )
+from transport.times import TIME_SAMPLINGS
 from transport.transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport
 
 __all__ = [
@@ -32,12 +33,14 @@ __all__ = [
     "PREDICTIONS",
     "SDE",
     "SDE_METHODS",
+    "TIME_SAMPLINGS",
     "ClassifierFreeGuidance",
     "GaussianNoise",
     "Guidance",
     "Interval",
     "PatchSchedule",
     "Sampler",
+    "StudentTNoise",
     "Transport",
     "bits_per_dim",
     "check_ode_method",

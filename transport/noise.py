@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy import special
 
 # One generator for a batch, or one for each sample of it.
 Generator = torch.Generator | Sequence[torch.Generator] | None
@@ -64,3 +65,55 @@ class GaussianNoise:
         """Log-density of x0 (N, ...) in nats, shape (N,)."""
         dimensions = x0[0].numel()
         return -0.5 * (x0.flatten(1) ** 2).sum(1) - 0.5 * dimensions * math.log(2 * math.pi)
+
+
+class StudentTNoise:
+    """x_0 ~ t_D(0, I), the multivariate Student-t with D degrees of freedom: the noise of PFGM++ (arXiv:2302.04265).
+
+    x_0 = z / sqrt(g) with z ~ N(0, I) and one g ~ chi2_D / D for all values of a sample, which makes the density of the
+    paper's perturbation kernel, 1 / (|x_0|^2 + D)^((N + D) / 2) for N values, at r = sigma sqrt(D) with sigma = 1.
+
+    Args:
+        dof: D, the degrees of freedom
+
+    Raises:
+        ValueError: if D is not a finite number above 0.
+    """
+
+    def __init__(self, dof: float) -> None:
+        if not 0 < dof < math.inf:
+            raise ValueError(f"degrees of freedom must be a finite number above 0, got {dof}")
+        self.dof = float(dof)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        generator: Generator = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Draw x_0 of shape (N, ...); see `randn` for the generators.
+
+        z is GaussianNoise's, and g the quantile of one more number of the same generator: the same seed draws the
+        same picture at every D. Nothing waits for a GPU, unless the generator is one of a GPU.
+        """
+        on_gpu = isinstance(generator, torch.Generator) and generator.device.type != "cpu"
+        normal = randn(shape, generator, generator.device if on_gpu else "cpu", dtype)
+        if generator is None or isinstance(generator, torch.Generator):
+            uniform = torch.rand(shape[0], generator=generator, device=normal.device, dtype=torch.float64)
+        else:
+            draws = [torch.rand(1, generator=g, device=g.device, dtype=torch.float64).cpu() for g in generator]
+            uniform = torch.cat(draws) if draws else torch.empty(0, dtype=torch.float64)
+        # The upper quantile: a uniform number can be 0, never 1, and 0 makes g infinite and the noise 0.
+        g = torch.from_numpy(2 * special.gammainccinv(self.dof / 2, uniform.cpu().numpy()) / self.dof)
+        scale = g.rsqrt().reshape(-1, *[1] * (normal.ndim - 1)).to(normal.device)
+        return to_device((normal.double() * scale).to(normal.dtype), device)
+
+    def log_prob(self, x0: torch.Tensor) -> torch.Tensor:
+        """Log-density of x0 (N, ...) in nats, shape (N,), computed in float64."""
+        dimensions, half = x0[0].numel(), self.dof / 2
+        # log Gamma((N + D) / 2) - log Gamma(D / 2) by the beta function, which loses nothing where D is large
+        gammas = float(special.gammaln(dimensions / 2) - special.betaln(half, dimensions / 2))
+        constant = gammas - dimensions / 2 * math.log(self.dof * math.pi)
+        square = x0.double().flatten(1).square().sum(1)
+        return (constant - (half + dimensions / 2) * torch.log1p(square / self.dof)).to(x0.dtype)

@@ -31,6 +31,15 @@ class Path(ABC):
     def coefficients(self, t: torch.Tensor) -> Coefficients:
         """The path's four numbers at times t."""
 
+    @abstractmethod
+    def time_at(self, share: torch.Tensor) -> torch.Tensor:
+        """Times t at which alpha / (alpha + sigma) is `share`, in [0, 1]: the inverse of `share_at`."""
+
+    def share_at(self, t: torch.Tensor) -> torch.Tensor:
+        """alpha / (alpha + sigma) at times t: the time at which Linear has the same ratio of data to noise."""
+        alpha, sigma, _, _ = self.coefficients(t)
+        return alpha / (alpha + sigma)
+
     def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
         """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
         if prediction == "velocity":
@@ -52,6 +61,9 @@ class LinearPath(Path):
         one = torch.ones_like(t)
         return Coefficients(t, 1 - t, one, -one)
 
+    def time_at(self, share: torch.Tensor) -> torch.Tensor:
+        return share
+
 
 class GVPPath(Path):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2): alpha^2 + sigma^2 = 1 (generalised variance preserving)."""
@@ -63,6 +75,9 @@ class GVPPath(Path):
         # cos(pi t / 2) as the sine of the rest: exactly 0 at t = 1, and precise close to it.
         alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
         return Coefficients(alpha, sigma, half_pi * sigma, -half_pi * alpha)
+
+    def time_at(self, share: torch.Tensor) -> torch.Tensor:
+        return torch.atan2(share, 1 - share) / (math.pi / 2)
 
 
 class VPPath(Path):
@@ -84,6 +99,12 @@ class VPPath(Path):
         sigma = torch.sqrt(-torch.expm1(2 * log_alpha))  # expm1: no cancellation near t = 1
         d_alpha = alpha * d_log_alpha
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+    def time_at(self, share: torch.Tensor) -> torch.Tensor:
+        # -2 log alpha = log(1 + (sigma / alpha)^2) is slope / 2 s^2 + beta_min s: its root, without cancellation at 0
+        integral = torch.log1p(((1 - share) / share).square())
+        slope = self.beta_max - self.beta_min
+        return 1 - 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
 
     def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
         return 1e-5, 1e-3

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from transport.noise import GaussianNoise, to_device
+from transport.noise import GaussianNoise, StudentTNoise, to_device
 from transport.paths import PATHS, Coefficients, Path, like
 from transport.schedule import PatchSchedule
+from transport.times import Density, density_of, probabilities, times_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
 Model = Callable[..., torch.Tensor]
@@ -49,6 +51,8 @@ class Transport:
         train_eps:   training stays this far from singular ends of [0, 1]; None for the default
         sample_eps:  the same for sampling and likelihood
         schedule:    which level is active when
+        noise:       the distribution of x_0; None for N(0, I)
+        density:     of the times of training; None for uniform ones
     """
 
     def __init__(
@@ -59,15 +63,23 @@ class Transport:
         train_eps: float | None,
         sample_eps: float | None,
         schedule: PatchSchedule,
+        noise: GaussianNoise | StudentTNoise | None = None,
+        density: Density | None = None,
     ) -> None:
         self.path = path
         self.prediction = prediction
         self.loss_weight = loss_weight
         self.schedule = schedule
-        self.noise = GaussianNoise()
+        self.noise = noise or GaussianNoise()
+        self.density = density
         default_train, default_sample = path.default_eps(prediction, loss_weight)
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
+
+    @property
+    def aug_dim(self) -> float | None:
+        """D of PFGM++, the noise's degrees of freedom; None for Gaussian noise, whose D is infinite."""
+        return self.noise.dof if isinstance(self.noise, StudentTNoise) else None
 
     # -- Intervals -----------------------------------------------------------------------------------------------
 
@@ -136,7 +148,7 @@ class Transport:
             target: "velocity", "noise", "score" or "data"
 
         Raises:
-            ValueError: if a quantity is unknown.
+            ValueError: if a quantity is unknown, or is the score of noise that is not Gaussian.
         """
         source = self.prediction if source is None else source
         for quantity in (source, target):
@@ -144,24 +156,34 @@ class Transport:
                 raise ValueError(f"unknown quantity {quantity!r}; choose one of {', '.join(PREDICTIONS)}")
         if source == target:
             return output
+        if self.aug_dim is not None and "score" in (source, target):
+            raise ValueError(f"the score at D = {self.aug_dim:g} is no function of the expected noise or data")
         a, b = self.conversion(like(t, x), source, target)
         return a * x + b * output
 
     # -- Training ------------------------------------------------------------------------------------------------
 
     def sample_times(self, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw times (N,), one from each of N equal strata of the training interval.
+        """Draw times (N,), one from each of N equally likely strata of the training interval.
 
-        Each single time is uniform on the interval, so the mean of any function over a batch is unbiased for every
-        batch size; the strata only lower its variance. Neighbours in the batch are far apart in time: every
-        contiguous slice (a rank, a micro-batch) is close to stratified itself, and gets its share of each level.
+        Each single time has the density, restricted to the interval, so the mean of any function over a batch is
+        unbiased for every batch size; the strata only lower its variance. Neighbours in the batch are far apart in
+        time: every contiguous slice (a rank, a micro-batch) is close to stratified itself, and gets its share of each
+        level.
         """
         device = generator.device if generator is not None else None
         order = torch.tensor(_spread_order(num_samples), device=device)
         shift = torch.randint(num_samples, (1,), generator=generator, device=device)
         jitter = torch.rand(num_samples, generator=generator, device=device)
         start, stop = self.train_interval
-        return start + (stop - start) * ((order + shift) % num_samples + jitter) / num_samples
+        strata = (order + shift) % num_samples
+        if self.density is None:
+            return start + (stop - start) * (strata + jitter) / num_samples
+        return times_of((strata + jitter.double()) / num_samples, self.density, self.path, (start, stop))
+
+    def level_probabilities(self) -> list[float]:
+        """Probability of each level in training: its share of the samples of a batch."""
+        return probabilities(self.schedule.edges, self.density, self.path, self.train_interval)
 
     def training_losses(
         self,
@@ -173,7 +195,7 @@ class Transport:
         x0: torch.Tensor | None = None,
         joint: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Denoising loss of each sample; its mean is an unbiased estimate of the loss at uniform t.
+        """Denoising loss of each sample; its mean is an unbiased estimate of the expected loss.
 
         Each level's samples go through the model together. With a CPU generator (or times t on the CPU) the
         split is computed on the host, without waiting for a GPU.
@@ -263,6 +285,9 @@ def create_transport(
     sample_eps: float | None = None,
     level_edges: Sequence[float] = (),
     check_ends: bool = True,
+    aug_dim: float | None = None,
+    time_sampling: str = "uniform",
+    time_params: Sequence[float] | None = None,
 ) -> Transport:
     """Build a Transport from plain values.
 
@@ -275,10 +300,14 @@ def create_transport(
         sample_eps:  the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
         level_edges: interior times at which the level changes; () is a single level
         check_ends:  refuse an eps that is too small; False for runs of earlier versions, which may have one and keep it
+        aug_dim:     D of PFGM++: x_0 is a Student-t with D degrees of freedom; None or infinity is Gaussian
+        time_sampling: density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
+        time_params: mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
 
     Raises:
         ValueError: if a name is unknown, an eps is not in [0, 0.5), the edges are not a schedule, or the loss at an end
-            of its interval, or the velocity from which samples start, is infinite.
+            of its interval, or the velocity from which samples start, is infinite; if the noise or the times do not go
+            with the rest.
     """
     for value, name, allowed in (
         (path_type, "path type", tuple(PATHS)),
@@ -291,7 +320,28 @@ def create_transport(
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
     schedule = PatchSchedule(level_edges)
-    transport = Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule)
+    noise, density = _noise_of(aug_dim, prediction, loss_weight), density_of(time_sampling, time_params)
+    if density is not None and loss_weight == "likelihood":
+        raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
+    transport = Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule, noise, density)
     if check_ends and (reason := transport.training_singularity() or transport.sampling_singularity()):
         raise ValueError(reason)
     return transport
+
+
+def _noise_of(aug_dim: float | None, prediction: str, loss_weight: str | None) -> GaussianNoise | StudentTNoise:
+    """The noise of augmented dimension D, if it goes with prediction and weight (ValueError otherwise)."""
+    if aug_dim is None or aug_dim == math.inf:
+        return GaussianNoise()
+    if not aug_dim > 0:
+        raise ValueError(f"aug_dim, the D of PFGM++, must be above 0, got {aug_dim}")
+    if prediction == "score":
+        raise ValueError("score prediction needs Gaussian noise: leave aug_dim out, or predict velocity, noise or data")
+    if loss_weight == "likelihood":
+        raise ValueError("likelihood weights need Gaussian noise: leave aug_dim out, or take another loss weight")
+    if aug_dim <= 2 and prediction != "data":
+        raise ValueError(
+            f"with aug_dim {aug_dim:g} the expected loss of {prediction} prediction is infinite: "
+            "give an aug_dim above 2, or predict data"
+        )
+    return StudentTNoise(aug_dim)

@@ -103,6 +103,9 @@ def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
         "train_eps": None,
         "sample_eps": None,
         "level_edges": list(PatchSchedule.default(model.num_levels).level_edges),
+        "aug_dim": None,
+        "time_sampling": "uniform",
+        "time_params": None,
     }
 
 
