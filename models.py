@@ -53,9 +53,9 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
-def embedding_table(num_rows: int, hidden_size: int) -> nn.ModuleDict:
-    """Integer ids (N,) -> (N, D), under the name that the table has in DiT's weights."""
-    return nn.ModuleDict({"embedding_table": nn.Embedding(num_rows, hidden_size)})
+def table_embedder(num_rows: int, hidden_size: int) -> nn.Sequential:
+    """Integer ids (N,) -> (N, D), by a table with the name that it has in DiT's weights."""
+    return nn.Sequential(OrderedDict(embedding_table=nn.Embedding(num_rows, hidden_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,9 +218,9 @@ class PyramidalPatchDiT(
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
         self.x_embedder = nn.ModuleList(nn.Linear(features, hidden_size) for features in patch_features)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = embedding_table(num_classes + 1, hidden_size)  # the null label's row is the last one
+        self.y_embedder = table_embedder(num_classes + 1, hidden_size)  # the null label's row is the last one
         if self.num_levels > 1:
-            self.level_embedder = embedding_table(self.num_levels, hidden_size)
+            self.level_embedder = table_embedder(self.num_levels, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
@@ -329,7 +329,7 @@ class PyramidalPatchDiT(
         """Embed times (N,), class ids (N,) and the level: (N, D)."""
         if not 0 <= level < self.num_levels:
             raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
-        condition = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        condition = self.t_embedder(t) + self.y_embedder(y)
         if self.num_levels > 1:
             condition = condition + self.level_embedder.embedding_table.weight[level]
         return condition

@@ -96,6 +96,9 @@ def test_a_training_checkpoint_of_ppflow(tmp_path):
         "train_eps": None,
         "sample_eps": 1e-3,
         "level_edges": [0.5],
+        "aug_dim": None,
+        "time_sampling": "uniform",
+        "time_params": None,
     }
     assert (pretrained.vae, pretrained.step) == ("stabilityai/sd-vae-ft-mse", 70)
     assert load_pretrained(saved({"ema": ema, "opt": None}, tmp_path / "lean.pt"), num_heads=HEADS).step == 0
@@ -262,6 +265,9 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
         "train_eps": 1e-4,
         "sample_eps": 1e-3,
         "level_edges": [0.3, 0.6][: levels - 1],
+        "aug_dim": None,
+        "time_sampling": "uniform",
+        "time_params": None,
     }
     config = {"model_name": "x", "model": model.config, "transport": transport, "vae": "some/vae"}
     ours = saved({"ema": model.state_dict(), "model": {}, "opt": {}, "config": config, "step": 7}, tmp_path / "7.pt")

@@ -20,7 +20,7 @@ from metrics.features import Pixels
 from metrics.references import StoredStatistics, write_statistics
 from metrics.training import TrainingEvaluation
 from pipeline import Pipeline
-from runtime.distributed import Processes
+from runtime.distributed import Processes, shares
 from runtime.logs import DISTANCE
 from runtime.rng import Stream, sample_generators
 from runtime.run import Run
@@ -123,6 +123,14 @@ def test_a_continued_run_measures_as_one_that_never_stopped(evaluated_run: Path,
     assert set(distances(continued, "fd12")) == {6}
     train.train(["--run-dir", str(continued), "--max-steps", "7", "--eval-every", "0"])
     assert max(distances(continued, "fd12")) == 6
+
+
+@pytest.mark.parametrize(("number", "batch_size", "world_size"), [(41, 16, 2), (5, 2, 3), (2, 8, 4), (12, 3, 1)])
+def test_every_sample_belongs_to_one_process_and_all_have_as_many_batches(number, batch_size, world_size) -> None:
+    parts = [shares(number, batch_size, Processes(k, world_size, torch.device("cpu"))) for k in range(world_size)]
+    assert len({tuple(map(len, part)) for part in parts}) == 1
+    found = torch.cat([batch for part in parts for batch in part])
+    assert sorted(found[found < number].tolist()) == list(range(number))
 
 
 def test_evaluations_are_not_the_steps_time(tmp_path: Path, monkeypatch) -> None:
