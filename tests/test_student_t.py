@@ -12,6 +12,7 @@ from closed_form import DATA, EDGES, Gaussian, GaussianInStudentNoise, Network, 
 from conftest import TINY
 from scipy import stats
 
+import download
 import sample
 import sample_ddp
 import train
@@ -88,6 +89,23 @@ def test_the_same_seed_draws_the_same_picture_at_every_d_and_the_gaussian_one_at
             assert x0.dtype == torch.float32
             torch.testing.assert_close(x0 / x0.norm(dim=1, keepdim=True), gaussian / gaussian.norm(dim=1, keepdim=True))
         torch.testing.assert_close(x0, gaussian, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("generators", [None, seeded(), sample_generators(0, range(3))])
+def test_noise_goes_to_a_gpu_from_pinned_memory_in_one_copy(monkeypatch, generators):
+    """No GPU is needed: what is asked of torch is recorded."""
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+
+    def record(x: torch.Tensor, *args: object, **settings: object) -> torch.Tensor:
+        if args[0] == "cuda:0":
+            moved.append(settings)
+            return x
+        return to(x, *args, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    StudentTNoise(5.0).sample((3, 2), generators, "cuda:0")
+    assert moved == [{"non_blocking": True}]
 
 
 def test_a_uniform_number_of_zero_gives_noise_that_is_zero(monkeypatch):
@@ -358,6 +376,14 @@ def test_the_checkpoint_tells_d_wherever_it_goes(student_run: Path, tmp_path: Pa
     )
     x1 = pipe.latents([1, 2], ODE(num_steps=4), seed=1)
     assert pipe.log_prob(x1, [1, 2], ODE(num_steps=4)).isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["sit", "ppflow"])
+def test_layouts_that_do_not_tell_d_are_refused(refuses, student_run: Path, tmp_path: Path, layout: str):
+    out = tmp_path / "weights.pt"
+    line = refuses(download.main, "convert", student_run, out, "--layout", layout)
+    assert f"D = 8 of PFGM++, which the layout of {layout} does not tell" in line
+    assert not out.exists()
 
 
 def test_weights_that_say_nothing_of_their_process_can_be_told_d(student_run: Path, tiny_run: Path, tmp_path: Path):
