@@ -9,12 +9,13 @@ Letters in the shapes: N samples, C channels, H x W input, (p, q) patch, T = (H/
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,30 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from positions import level_position_embedding
+from positions import level_position_embedding, patchify, unpatchify
 
 FREQUENCY_FEATURES = 256  # sinusoidal features of t
+MODEL_CARD = Path(__file__).parent / "weights" / "model_card.md"  # a template
 
-# ---------------------------------------------------------------------------------------------------------------
-# Patches
-
-
-def patchify(x: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Cut images into patches: (N, C, H, W) -> (N, T, p*q*C), tokens in raster order, features (p, q, channel)."""
-    n, c, h, w = x.shape
-    p, q = patch_size
-    x = x.reshape(n, c, h // p, p, w // q, q)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // q), p * q * c)
-
-
-def unpatchify(tokens: torch.Tensor, patch_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Invert `patchify`: (N, T, p*q*C) -> (N, C, H, W) with size = (H, W)."""
-    n, _, features = tokens.shape
-    (p, q), (h, w) = patch_size, size
-    c = features // (p * q)
-    x = tokens.reshape(n, h // p, w // q, p, q, c)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
-
+Groups = Sequence[torch.Tensor]  # one tensor for each group of samples; all samples of a group are at the same level
 
 # ---------------------------------------------------------------------------------------------------------------
 # Conditioning
@@ -70,15 +53,9 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
-class TableEmbedder(nn.Module):
-    """Integer ids (N,) -> (N, D): class labels (with the null label as last row) and levels."""
-
-    def __init__(self, num_rows: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_rows, hidden_size)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding_table(ids)
+def embedding_table(num_rows: int, hidden_size: int) -> nn.ModuleDict:
+    """Integer ids (N,) -> (N, D), under the name that the table has in DiT's weights."""
+    return nn.ModuleDict({"embedding_table": nn.Embedding(num_rows, hidden_size)})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,18 +88,6 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with tanh-approximate GELU between them."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero (DiT, section 3.2).
 
@@ -134,7 +99,14 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        inner_size = int(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(hidden_size, inner_size),
+                act=nn.GELU(approximate="tanh"),
+                fc2=nn.Linear(inner_size, hidden_size),
+            )
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def block(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -161,16 +133,14 @@ class DiTBlock(nn.Module):
         return add_gated(groups, gate_mlp, at_once(self.mlp, inputs))
 
 
-def at_once(layer: nn.Module, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def at_once(layer: nn.Module, groups: Groups) -> list[torch.Tensor]:
     """Apply a layer that acts on single tokens to all groups (N, T, features) in one call."""
     out = layer(torch.cat([group.flatten(0, 1) for group in groups]))
     parts = out.split([group.shape[0] * group.shape[1] for group in groups])
     return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
 
 
-def add_gated(
-    groups: Sequence[torch.Tensor], gates: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def add_gated(groups: Groups, gates: Groups, outputs: Groups) -> list[torch.Tensor]:
     """x + gate * output for every group x (N, T, D) with its gate (N, D)."""
     return [x + gate.unsqueeze(1) * out for x, gate, out in zip(groups, gates, outputs, strict=True)]
 
@@ -193,38 +163,12 @@ class FinalLayer(nn.Module):
 # The model
 
 
-# The README.md of save_pretrained; its model_card_kwargs={"repo_id": ...} fills in the name.
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# {{ repo_id | default("PyramidalPatchDiT", true) }}
-
-A class-conditional diffusion transformer that uses large patches while the noise is high and small ones when detail
-appears: PPFlow ([arXiv:2506.23543](https://arxiv.org/abs/2506.23543)), and with a single patch size SiT
-([arXiv:2401.08740](https://arxiv.org/abs/2401.08740)).
-
-{{ shape }}
-
-```python
-from models import PyramidalPatchDiT
-from pipeline import Pipeline
-from transport import ODE, Guidance, PatchSchedule, create_transport
-
-model = PyramidalPatchDiT.from_pretrained("{{ repo_id | default("path/or/repository", true) }}")
-transport = create_transport(level_edges=PatchSchedule.default(model.num_levels).level_edges)
-x1 = Pipeline(model, transport).latents([0], ODE(num_steps=50), Guidance(4.0), seed=1)
-```
-"""
-
-
 class PyramidalPatchDiT(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="ppflow",
     license="mit",
     tags=["image-generation", "diffusion", "flow-matching", "arxiv:2506.23543", "arxiv:2401.08740"],
-    model_card_template=MODEL_CARD,
 ):
     """Diffusion transformer with a pyramid of patch sizes (PPFlow, arXiv:2506.23543, section 3).
 
@@ -274,9 +218,9 @@ class PyramidalPatchDiT(
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
         self.x_embedder = nn.ModuleList(nn.Linear(features, hidden_size) for features in patch_features)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = TableEmbedder(num_classes + 1, hidden_size)
+        self.y_embedder = embedding_table(num_classes + 1, hidden_size)  # the null label's row is the last one
         if self.num_levels > 1:
-            self.level_embedder = TableEmbedder(self.num_levels, hidden_size)
+            self.level_embedder = embedding_table(self.num_levels, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
@@ -318,16 +262,19 @@ class PyramidalPatchDiT(
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        modulations = [block.adaLN_modulation[-1] for block in self.blocks] + [self.final_layer.adaLN_modulation[-1]]
+        modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
         for linear in (*modulations, *self.final_layer.linear):
             nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     # -- Sizes and costs -----------------------------------------------------------------------------------------
 
     @property
     def num_levels(self) -> int:
         return len(self.patch_sizes)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -337,17 +284,9 @@ class PyramidalPatchDiT(
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
-        return {
-            "input_size": list(self.input_size),
-            "patch_sizes": [list(size) for size in self.patch_sizes],
-            "in_channels": self.in_channels,
-            "hidden_size": self.hidden_size,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "num_classes": self.num_classes,
-            "learn_sigma": self.learn_sigma,
-        }
+        values = {name: getattr(self, name) for name in inspect.signature(PyramidalPatchDiT).parameters}
+        sizes = {"input_size": list(self.input_size), "patch_sizes": [list(size) for size in self.patch_sizes]}
+        return {**values, **sizes}
 
     def num_tokens(self, level: int) -> int:
         """Tokens T per sample at a level."""
@@ -356,13 +295,17 @@ class PyramidalPatchDiT(
 
     def macs(self, level: int) -> int:
         """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included."""
-        return _macs(json.dumps(self.config))[level]
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = PyramidalPatchDiT(**self.config)
+            x, t, y = torch.zeros(1, *self.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+            with sdpa_kernel(SDPBackend.MATH):  # torch 2.6 counts its products on every device
+                model(x, t, y, level)
+        return counter.get_total_flops() // 2
 
     def describe(self) -> str:
         """Size of the model in words."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
         tokens = " / ".join(str(self.num_tokens(level)) for level in range(self.num_levels))
-        return f"{parameters:,} parameters, {self.num_levels} level(s), {tokens} tokens"
+        return f"{self.num_parameters:,} parameters, {self.num_levels} level(s), {tokens} tokens"
 
     def level_parameters(self, level: int) -> list[nn.Parameter]:
         """The parameters that no other level uses: the level's patch embedding and head."""
@@ -376,23 +319,38 @@ class PyramidalPatchDiT(
         return super()._from_pretrained(strict=strict, **kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md of a saved model; keyword arguments fill in MODEL_CARD."""
-        patches = ", ".join(f"{p}x{q}" for p, q in self.patch_sizes)
-        size = "x".join(map(str, (self.in_channels, *self.input_size)))
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        shape = (
-            f"Patches {patches} (coarsest first) on {size} inputs; width {self.hidden_size}, {self.depth} blocks, "
-            f"{self.num_heads} heads, {self.num_classes} classes; {parameters:,} parameters."
-        )
-        return super().generate_model_card(*args, **{"shape": shape, **kwargs})
+        """The README.md of a saved model: MODEL_CARD, filled in with the config and the keyword arguments."""
+        fields = {**self.config, "parameters": self.num_parameters, **kwargs}
+        return ModelCard.from_template(self._hub_mixin_info.model_card_data, template_path=str(MODEL_CARD), **fields)
 
     # -- Evaluation ----------------------------------------------------------------------------------------------
 
+    def condition(self, t: torch.Tensor, y: torch.Tensor, level: int) -> torch.Tensor:
+        """Embed times (N,), class ids (N,) and the level: (N, D)."""
+        if not 0 <= level < self.num_levels:
+            raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
+        condition = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        if self.num_levels > 1:
+            condition = condition + self.level_embedder.embedding_table.weight[level]
+        return condition
+
+    def tokens(self, x: torch.Tensor, level: int) -> torch.Tensor:
+        """Embed the patches of (N, C, H, W) and their positions: (N, T, D)."""
+        if x.shape[1:] != self.sample_shape:
+            expected, got = ("x".join(map(str, shape)) for shape in (self.sample_shape, x.shape[1:]))
+            raise ValueError(f"the model takes {expected} inputs, got {got}")
+        return self.x_embedder[level](patchify(x, self.patch_sizes[level])) + getattr(self, f"pos_embed_{level}")
+
+    def prediction(self, tokens: torch.Tensor, condition: torch.Tensor, level: int) -> torch.Tensor:
+        """Tokens (N, T, D) after the blocks -> (N, C, H, W)."""
+        patches = self.final_layer(tokens, condition, level)
+        return unpatchify(patches, self.patch_sizes[level], self.input_size)[:, : self.in_channels]
+
     def forward(
         self,
-        x: torch.Tensor | Sequence[torch.Tensor],
-        t: torch.Tensor | Sequence[torch.Tensor],
-        y: torch.Tensor | Sequence[torch.Tensor],
+        x: torch.Tensor | Groups,
+        t: torch.Tensor | Groups,
+        y: torch.Tensor | Groups,
         level: int | Sequence[int] = 0,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Predict at one level, or at several in one pass.
@@ -413,57 +371,19 @@ class PyramidalPatchDiT(
         Raises:
             ValueError: if the input's size or the level is not the model's, or the numbers of groups and levels differ.
         """
-        if isinstance(level, Sequence):
-            if not len(x) == len(t) == len(y) == len(level):
-                raise ValueError(f"{len(level)} levels, but {len(x)}, {len(t)} and {len(y)} groups of x, t and y")
-            return self._groups(x, t, y, level)
-        return self._groups([x], [t], [y], [level])[0]
-
-    def _groups(
-        self,
-        xs: Sequence[torch.Tensor],
-        ts: Sequence[torch.Tensor],
-        ys: Sequence[torch.Tensor],
-        levels: Sequence[int],
-    ) -> list[torch.Tensor]:
-        conditions, groups = [], []
-        for x, t, y, level in zip(xs, ts, ys, levels, strict=True):
-            if x.shape[1:] != (self.in_channels, *self.input_size):
-                expected = "x".join(map(str, (self.in_channels, *self.input_size)))
-                raise ValueError(f"the model takes {expected} inputs, got {'x'.join(map(str, x.shape[1:]))}")
-            if not 0 <= level < self.num_levels:
-                raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
-            condition = self.t_embedder(t) + self.y_embedder(y)
-            if self.num_levels > 1:
-                condition = condition + self.level_embedder.embedding_table.weight[level]
-            conditions.append(condition)
-            tokens = self.x_embedder[level](patchify(x, self.patch_sizes[level]))
-            groups.append(tokens + getattr(self, f"pos_embed_{level}"))
+        if not isinstance(level, Sequence):
+            return self.forward([x], [t], [y], [level])[0]
+        if not len(x) == len(t) == len(y) == len(level):
+            raise ValueError(f"{len(level)} levels, but {len(x)}, {len(t)} and {len(y)} groups of x, t and y")
+        conditions = [self.condition(*each) for each in zip(t, y, level, strict=True)]
+        groups = [self.tokens(*each) for each in zip(x, level, strict=True)]
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 groups = checkpoint(block, groups, conditions, use_reentrant=False, preserve_rng_state=False)
             else:
                 groups = block(groups, conditions)
-        outputs = []
-        for x, tokens, condition, level in zip(xs, groups, conditions, levels, strict=True):
-            out = unpatchify(self.final_layer(tokens, condition, level), self.patch_sizes[level], self.input_size)
-            outputs.append(out[:, : self.in_channels].to(x.dtype))  # autocast makes it bf16
-        return outputs
-
-
-@lru_cache
-def _macs(config: str) -> list[int]:
-    """Half the FLOPs that torch counts at each level, in a network on the meta device."""
-    with torch.device("meta"):
-        model = PyramidalPatchDiT(**json.loads(config))
-        x, t, y = torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        counts = []
-        for level in range(model.num_levels):
-            # Plain attention: torch 2.6 counts its products on every device
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                model(x, t, y, level=level)
-            counts.append(counter.get_total_flops() // 2)
-    return counts
+        outputs = [self.prediction(*each) for each in zip(groups, conditions, level, strict=True)]
+        return [out.to(noisy.dtype) for out, noisy in zip(outputs, x, strict=True)]  # autocast makes it bf16
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -484,21 +404,21 @@ SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 
-# The pyramids of the paper, by number of levels.
-PYRAMIDS = {2: ((4, 4), (2, 2)), 3: ((4, 4), (2, 4), (2, 2))}
+# The pyramids of the paper, and SiT's single levels.
+PATCH_SIZES = {
+    "PPF-{}-2": ((4, 4), (2, 2)),
+    "PPF-{}-3": ((4, 4), (2, 4), (2, 2)),
+    "SiT-{}/2": ((2, 2),),
+    "SiT-{}/4": ((4, 4),),
+    "SiT-{}/8": ((8, 8),),
+}
 
-
-def _registry() -> dict[str, dict[str, Any]]:
-    models = {}
-    for size, fields in SIZES.items():
-        for levels, patch_sizes in PYRAMIDS.items():
-            models[f"PPF-{size}-{levels}"] = {"patch_sizes": patch_sizes, **fields}
-        for patch in (2,) if size == "T" else (2, 4, 8):
-            models[f"SiT-{size}/{patch}"] = {"patch_sizes": ((patch, patch),), **fields}
-    return models
-
-
-MODELS = _registry()
+MODELS: dict[str, dict[str, Any]] = {
+    name.format(size): {"patch_sizes": patch_sizes, **fields}
+    for size, fields in SIZES.items()
+    for name, patch_sizes in PATCH_SIZES.items()
+    if size != "T" or patch_sizes[-1] == (2, 2)  # the tiny size is for images of few tokens
+}
 
 
 def canonical_name(name: str) -> str:

@@ -241,6 +241,7 @@ class Pipeline:
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
         x0: torch.Tensor | None = None,
+        levels: range | None = None,
     ) -> torch.Tensor:
         """Draw samples (N, C, h, w) as the network sees them.
 
@@ -249,20 +250,24 @@ class Pipeline:
             generators: of noise and increments, one per sample; then sample i depends on its own alone (but for
                         adaptive solvers, whose steps follow the batch)
             seed:       of the generators where none are given
-            x0:         (N, C, h, w) noise to start from, instead of the generators'
+            x0:         (N, C, h, w) noise to start from, instead of the generators'; the state at the first edge of
+                        levels that do not begin with level 0
+            levels:     walk these levels alone, with an ODE: the result is the state at their last edge; None for all
 
         Raises:
-            ValueError: if the solver or the guidance does not fit the network.
+            ValueError: if the solver, the guidance or the levels do not fit the network.
             FloatingPointError: if the solver fails, or a sample is not finite.
         """
         if generators is None:
             generators = sample_generators(seed, range(len(labels)), Stream.SAMPLES)
+        if x0 is None and levels is not None and levels.start > 0:
+            raise ValueError(f"{levels} begin at an edge: give x0, the state there")
         if x0 is None:
             shape = (len(labels), self.model.in_channels, *self.model.input_size)
             x0 = self.transport.noise.sample(shape, generators, self.device)
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
-        return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators))
+        return self._solve("samples", solver, lambda: sampler.sample(network, x0, solver, y, generators, levels))
 
     @torch.no_grad()
     def noise(

@@ -1,8 +1,28 @@
-"""Positions of tokens: fixed sine-cosine embeddings of a level's grid."""
+"""Tokens of a level: how patches become tokens and back, and fixed sine-cosine embeddings of their positions.
+
+Letters in the shapes: N samples, C channels, H x W input, (p, q) patch, T = (H/p)(W/q) tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
 import torch
+
+
+def patchify(x: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """Cut images into patches: (N, C, H, W) -> (N, T, p*q*C), tokens in raster order, features (p, q, channel)."""
+    n, c, h, w = x.shape
+    p, q = patch_size
+    x = x.reshape(n, c, h // p, p, w // q, q)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // q), p * q * c)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Invert `patchify`: (N, T, p*q*C) -> (N, C, H, W) with size = (H, W)."""
+    n, _, features = tokens.shape
+    (p, q), (h, w) = patch_size, size
+    c = features // (p * q)
+    x = tokens.reshape(n, h // p, w // q, p, q, c)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
 
 
 def sincos_position_embedding(dim: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Draw the many samples that an FID needs, on any number of processes.
 
-    torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000 --cfg-scales 1.5
+    torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py ODE --ckpt model.pt --num-fid-samples 50000
 
-Writes a folder of PNG files (none with --no-png) and an .npz whose arr_0 is (N, H, W, 3) uint8 in sample order, as
-ADM's evaluation suite reads it. With --latents nothing is decoded: arr_0 of NAME-latents.npz is (N, C, h, w) float32,
-the latents as their autoencoder decodes them, and that autoencoder need not be here.
+Writes a folder of PNG files (none with --no-png) and an .npz as ADM's evaluation suite reads it: arr_0 (N, H, W, 3)
+uint8 in sample order, arr_1 (N,) int64 the classes. With --latents nothing is decoded: arr_0 of NAME-latents.npz is
+(N, C, h, w) float32, the latents as their autoencoder decodes them, and that autoencoder need not be here.
 
 Sample i is a function of (checkpoint, solver, seed, i): the number of processes and the batch size do not matter, and a
 run that was interrupted makes what is missing.
@@ -13,13 +13,13 @@ run that was interrupted makes what is missing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 import train_utils as cli
 from models import PyramidalPatchDiT
-from pipeline import Pipeline, Solver
+from pipeline import EvaluationCounter, Pipeline, Solver
 from runtime.distributed import Processes, agree, check_same_flags, on_main, start_processes
-from runtime.errors import UserError, note, run_script, user_input
+from runtime.errors import UserError, note, run_script, user_input, user_output
 from runtime.files import complete_file
 from runtime.logs import to_uint8
-from runtime.rng import Stream, sample_generators
+from runtime.rng import Stream, label_of, sample_generators
 from runtime.sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
 from runtime.speed import default_precision, precision_note
 from transport import SDE, Guidance
@@ -47,6 +47,12 @@ NOT_SETTINGS = {
     *("compile", "vae", "latents"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
+SCALES_NOTE = "default: as in PPFlow's evaluation 1 3 for 2 levels, 1 3.5 3.75 for 3; else, and with --likelihood, 1"
+writing = partial(
+    user_output, advice="make room there, or choose another --sample-dir; the same command makes what is missing"
+)
+# Settings that describe the samples and decide nothing; folders of earlier versions do not have them.
+DESCRIPTIONS = {"num_classes", "nfe_per_image", "gmacs_per_image"}
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -79,7 +85,7 @@ def build_parser() -> cli.ArgumentParser:
             help="the latents before decoding instead of images, in NAME-latents.npz",
         )
         add("--tf32", action=argparse.BooleanOptionalAction, help="short for --precision tf32 or fp32")
-        cli.add_model_args(command, 1.0)
+        cli.add_model_args(command, None, SCALES_NOTE)
         if mode == "SDE":
             cli.add_sde_args(command)
             continue
@@ -101,12 +107,13 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 class Job(NamedTuple):
-    """The samples that the flags ask for: network, solver and guidance."""
+    """The samples that the flags ask for: network, solver and guidance, and the evaluations that one sample takes."""
 
     args: argparse.Namespace
     pipe: Pipeline
     solver: Solver
     guidance: Guidance
+    cost: EvaluationCounter
 
     @property
     def png(self) -> bool:
@@ -136,7 +143,7 @@ def folder_name(job: Job) -> str:
 
 
 def settings_of(job: Job, digest: str) -> dict[str, Any]:
-    """Everything that sample i depends on besides i, in values that JSON has.
+    """Everything that sample i depends on besides i, and `DESCRIPTIONS` of the samples, in values that JSON has.
 
     Args:
         digest: of the weights
@@ -147,6 +154,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
     settings |= {
         "precision": pipe.precision,
         "png": job.png,
+        "cfg_scales": list(job.guidance.scales),
         "sampling_method": solver.method,
         "num_sampling_steps": [steps] if isinstance(steps, int) else list(steps),
     }
@@ -163,6 +171,11 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         "level_edges": pipe.transport.schedule.level_edges,
     }
     settings |= pipe.changed
+    settings |= {
+        "num_classes": pipe.model.num_classes,
+        "nfe_per_image": None if solver.adaptive else job.cost.nfe(1),
+        "gmacs_per_image": None if solver.adaptive else job.cost.gmacs(1),
+    }
     if pipe.transport.aug_dim is not None:  # folders of Gaussian noise are older than this setting
         settings["aug_dim"] = pipe.transport.aug_dim
     if args.latents:
@@ -196,7 +209,7 @@ def prepare_folder(job: Job, digest: str) -> Path:
             raise ValueError(f"{file} is damaged: remove {folder}, or choose another --sample-dir") from error
         if len(stored.get("weights", "")) == 16 and stored["weights"] in earlier_fingerprints(job.pipe.model):
             stored["weights"] = digest
-        for name in sorted(settings.keys() | stored.keys()):
+        for name in sorted((settings.keys() | stored.keys()) - DESCRIPTIONS):
             if settings.get(name) != stored.get(name):
                 raise ValueError(
                     f"{folder} holds samples with {name} {stored.get(name)}, not {settings.get(name)}: "
@@ -212,26 +225,14 @@ def make_store(job: Job, folder: Path) -> SampleStore:
     return PngStore(folder) if job.png else ShardStore(folder, "latents" if job.args.latents else "pixels")
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the error of a file or folder that cannot be written into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        advice = "make room there, or choose another --sample-dir; the same command makes what is missing"
-        raise UserError(f"{path} cannot be written: {error}; {advice}") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Samples
 
 
-def label_of(index: int, num_classes: int, args: argparse.Namespace) -> int:
-    """The class of sample `index`."""
-    if args.label_sampling == "balanced":
-        return index % num_classes
-    (generator,) = sample_generators(args.global_seed, [index], Stream.LABELS)
-    return int(torch.randint(num_classes, (), generator=generator))
+def labels_of(job: Job, indices: Iterable[int]) -> list[int]:
+    """The classes of these samples."""
+    args, num_classes = job.args, job.pipe.model.num_classes
+    return [label_of(index, num_classes, args.global_seed, args.label_sampling) for index in indices]
 
 
 def plan_batches(missing: Sequence[int], size: int, adaptive: bool) -> list[list[int]]:
@@ -259,7 +260,7 @@ def generate(job: Job, store: SampleStore, missing: list[int], processes: Proces
     batches = plan_batches(missing, args.per_proc_batch_size, job.solver.adaptive)
     with tqdm(total=len(missing), unit="sample", desc="samples", disable=not processes.is_main) as progress:
         for number, batch in enumerate(batches[processes.rank :: processes.world_size]):
-            labels = [label_of(index, pipe.model.num_classes, args) for index in batch]
+            labels = labels_of(job, batch)
             generators = sample_generators(args.global_seed, batch, Stream.SAMPLES)
             probes = sample_generators(args.global_seed, batch, Stream.PROBES)
             with cli.solving("--per-proc-batch-size"):
@@ -289,8 +290,8 @@ def finish(job: Job, folder: Path) -> None:
         raise UserError(f"{folder}: {len(lost)} samples were lost while others were made; run the command again")
     npz = folder.with_name(folder.name + ".npz")
     with user_input(), writing(npz):
-        array, nats = write_npz(npz, store, number)
-    print(f"saved {npz}: arr_0 {array}")
+        array, nats = write_npz(npz, store, labels_of(job, range(number)))
+    print(f"saved {npz}: arr_0 {array}, arr_1 the classes")
     if job.likelihood:
         model = job.pipe.model
         dimensions = model.in_channels * math.prod(model.input_size)
@@ -310,17 +311,19 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
         ValueError, OSError: if something is missing, or would fail later.
     """
     likelihood = args.mode == "ODE" and args.likelihood
-    solver, guidance = cli.solver_from(args), cli.guidance_from(args)
+    solver = cli.solver_from(args)
     precision = args.precision or default_precision(processes.device, training=False)
     if args.tf32 is not None:
         precision = "tf32" if args.tf32 else "fp32"
     if line := precision_note(precision, processes.device):
         note(line)
     pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents)
+    # A likelihood is that of the network alone, unless guidance is asked for.
+    guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(pipe.model.num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile)
-    pipe.check(solver, guidance, likelihood)
-    return Job(args, pipe, solver, guidance), digest
+    cost = pipe.check(solver, guidance, likelihood)
+    return Job(args, pipe, solver, guidance, cost), digest
 
 
 def main(argv: Sequence[str] | None = None) -> None:

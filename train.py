@@ -28,6 +28,7 @@ import train_utils as cli
 from data import order
 from data.autoencoder import Autoencoder
 from data.datasets import AnyDataset, open_training_data
+from metrics.training import TrainingEvaluation
 from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
@@ -38,7 +39,8 @@ from weights.pretrained import load_pretrained
 
 PREVIEW_COLUMNS = 8
 PREVIEW_STEPS = 25
-NODE_FLAGS = {"data_path", "vae", "num_workers", "ckpt", "initialize_from"}  # may differ from node to node
+EVALUATION_STEPS = 50
+NODE_FLAGS = {"num_workers", "vae", "ckpt", "initialize_from", *run.PATHS}  # may differ from node to node
 
 # ---------------------------------------------------------------------------------------------------------------
 # Flags
@@ -57,6 +59,7 @@ def build_parser() -> cli.ArgumentParser:
     cli.add_training_args(parser)
     cli.add_transport_args(parser)
     cli.add_logging_args(parser)
+    cli.add_evaluation_args(parser)
     cli.add_cfg_args(parser, default=4.0)
     return parser
 
@@ -78,6 +81,7 @@ class Training:
     ema: PyramidalPatchDiT
     optimizer: torch.optim.Optimizer
     loss: nn.Module  # transport.training_losses of the model, averaging gradients over the processes
+    evaluation: TrainingEvaluation | None
     start_step: int
 
 
@@ -86,11 +90,11 @@ def build(
 ) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
-    A run that is continued (not `new`) does not read --initialize_from, and keeps a process that is refused by now.
-    ValueError and OSError say what is missing, or does not fit the rest.
+    A run that is continued (not `new`) keeps a process that is refused by now. ValueError and OSError say what is
+    missing, or does not fit the rest.
     """
     dataset, autoencoder, vae = open_training_data(
-        args.data_path, args.image_size, args.vae, args.sample_every > 0, processes.device
+        args.data_path, args.image_size, args.vae, bool(args.sample_every or args.eval_every), processes.device
     )
     encodes = dataset.kind == "images" and autoencoder is not None
     channels, *input_size = autoencoder.latent_shape(dataset.image_shape) if encodes else dataset.image_shape
@@ -99,30 +103,18 @@ def build(
         raise ValueError(f"--num-classes {num_classes} is too few: {args.data_path} has {dataset.num_classes}")
     torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
     model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=num_classes)
-    if args.patch_level not in (None, model.num_levels):
-        raise ValueError(
-            f"--patch-level {args.patch_level}, but {args.model} has {model.num_levels} level(s): leave it out, or "
-            f"choose another --model (those of two levels end in -2, those of three in -3)"
-        )
-    if args.initialize_from and new:
-        initialize_levels(model, load_pretrained(args.initialize_from).model)
+    cli.check_numbers(args, model.num_levels, processes.world_size)
     process = cli.process_from(args, model.num_levels)
     transport = create_transport(**process, check_ends=new)
     transport.check_levels(model)
     cli.guidance_from(args).of(model)
-    passes = processes.world_size * args.gradient_accumulation_steps
-    if args.global_batch_size % passes:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} does not divide into {processes.world_size} process(es) "
-            f"x {args.gradient_accumulation_steps} accumulation step(s): choose a multiple of {passes}"
-        )
     resolved = {
         "vae": vae,
         "image_size": dataset.image_size,
         "num_classes": num_classes,
         "level_edges": list(process["level_edges"]),
         "precision": args.precision or speed.default_precision(processes.device, training=True),
-        "data_path": run.full_path(args.data_path),
+        **{name: run.full_path(getattr(args, name)) for name in run.PATHS},
     }
     identity = dataset.identity()
     config = {
@@ -160,6 +152,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
             "continued remembers its own",
             everywhere=True,
         )
+    cli.checked_evaluation_flags(args, given)
 
     # Data, network and process
     speed.set_determinism(processes.device, args.deterministic)
@@ -169,6 +162,16 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     args = argparse.Namespace(**config["args"])
     if stored:
         distributed.agree(lambda: run.check_data(stored["config"], config["data"], args.data_path), processes)
+    elif args.initialize_from:
+        notes += distributed.agree(
+            lambda: initialize_levels(model, load_pretrained(args.initialize_from).model), processes
+        )
+    evaluation = None
+    if args.eval_every:
+        source_of = args.eval_ref, args.eval_features, args.eval_weights, args.eval_num
+        pipe = Pipeline(model, transport, autoencoder)
+        shape = (pipe.image_channels, *pipe.image_size)
+        evaluation = TrainingEvaluation(*source_of, dataset.num_classes, shape, processes)
     folder_name = f"{args.model}-{args.path_type}-{args.prediction}"
     folder = distributed.on_main(lambda: run.make_run_dir(args.run_dir, args.results_dir, folder_name), processes)
 
@@ -198,37 +201,46 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
         this_run.say(f"warning: a batch of {args.global_batch_size} has on average only {', '.join(rare)}")
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
-    return Training(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, start_step), this_run
+    return Training(
+        args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, evaluation, start_step
+    ), this_run
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Previews
+# Samples on the way
+
+
+def draw(t: Training, indices: torch.Tensor, y: torch.Tensor, stream: rng.Stream, **how: Any) -> torch.Tensor:
+    """EMA samples (n, C, H, W) with these numbers (n,) in a stream and class ids y (n,), on the CPU. Collective.
+
+    Args:
+        how: solver and guidance, as of Pipeline.images
+    """
+    pipe = Pipeline(t.ema, t.transport, t.autoencoder)
+    pipe.precision = t.args.precision
+    generators = rng.sample_generators(t.args.global_seed, indices.tolist(), stream)
+    return pipe.images(y, **how, generators=generators).float().cpu()
 
 
 def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | None:
     """EMA samples (N, C, H, W), one row per class, made by all processes together; returned on the main one.
 
-    None there if it was interrupted. All make the same number, some twice: a sharded network's calls are collective.
+    None there if it was interrupted.
     """
-    processes = t.processes
-    pipe = Pipeline(t.ema, t.transport, t.autoencoder)
-    pipe.precision = t.args.precision
     labels = torch.tensor(logs.shown_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
-    share = -(-len(labels) // processes.world_size)
-    mine = (processes.rank + torch.arange(share) * processes.world_size) % len(labels)
+    how = {"solver": ODE(num_steps=PREVIEW_STEPS), "guidance": cli.guidance_from(t.args)}
     drawn: dict[int, torch.Tensor] = {}
-    for indices in mine.split(batch_size):
+    for indices in distributed.shares(len(labels), batch_size, t.processes):
+        indices %= len(labels)
         if this_run.any_should_stop():
             break
-        generators = rng.sample_generators(t.args.global_seed, indices.tolist(), rng.Stream.PREVIEW)
-        solver, guidance = ODE(num_steps=PREVIEW_STEPS), cli.guidance_from(t.args)
         try:
-            images = pipe.images(labels[indices], solver, guidance, generators).float().cpu()
+            images = draw(t, indices, labels[indices], rng.Stream.PREVIEW, **how)
         except FloatingPointError as error:  # no reason to end a run
             this_run.say(f"warning: a preview is left out: {error}")
             continue
         drawn.update(zip(indices.tolist(), images, strict=True))
-    found = {index: image for part in distributed.gather_objects(drawn, processes) for index, image in part.items()}
+    found = {index: image for part in distributed.gather_objects(drawn, t.processes) for index, image in part.items()}
     return torch.stack([found[index] for index in range(len(labels))]) if len(found) == len(labels) else None
 
 
@@ -275,6 +287,8 @@ def train_steps(t: Training, this_run: run.Run) -> None:
         t.dataset, args.global_seed, t.start_step, total_steps, args.global_batch_size, t.processes, args.num_workers
     )
     micro_batch = batches.local_size // args.gradient_accumulation_steps
+    samples_batch = max(micro_batch, 16)
+    evaluated = {"stream": rng.Stream.EVALUATION, "solver": ODE(num_steps=EVALUATION_STEPS)}  # unguided
     progress = tqdm(
         total=total_steps,
         initial=min(t.start_step, total_steps),
@@ -327,14 +341,16 @@ def train_steps(t: Training, this_run: run.Run) -> None:
             this_run.record(record)
             progress.set_postfix(loss=f"{record['loss']:.4f}")
 
-        # Checkpoint and preview, which are not the steps' time
+        # Checkpoint, preview and evaluation, which are not the steps' time
         with meter.pause():
             if done % args.ckpt_every == 0 or last or stop:
                 this_run.save(done, model, t.ema, t.optimizer)
             if stop:
                 break
             if args.sample_every and (done % args.sample_every == 0 or last):
-                this_run.show(done, preview(t, this_run, batch_size=max(micro_batch, 16)), PREVIEW_COLUMNS)
+                this_run.show(done, preview(t, this_run, samples_batch), PREVIEW_COLUMNS)
+            if t.evaluation and (done % args.eval_every == 0 or last):
+                t.evaluation.measure(done, lambda i, y: draw(t, i, y, **evaluated), this_run, samples_batch)
     progress.close()
     this_run.finish(done, t.start_step, total_steps)
 

@@ -238,6 +238,54 @@ def add_logging_args(parser: argparse.ArgumentParser) -> None:
     add("--wandb", action="store_true", help="log to wandb (WANDB_KEY, ENTITY and PROJECT are read)")
 
 
+def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the measurement of samples during training."""
+    add = parser.add_argument_group(
+        "evaluation",
+        "the Fréchet distance of unguided EMA samples, logged as fid5k with Inception's features, else fd5k",
+    ).add_argument
+    add("--eval-every", type=natural_int, default=0, help="steps between evaluations; 0 for none at all")
+    add("--eval-num", type=number(int, 2), default=5000, help="samples of an evaluation; their number is in the name")
+    add("--eval-ref", type=some_text, help="statistics or images to compare with: what evaluate.py takes")
+    add("--eval-features", type=some_text, default="inception", help="as --features of evaluate.py")
+    add(
+        "--eval-weights",
+        type=some_text,
+        metavar="FILE",
+        help="weights of the features' network, where the cache has none",
+    )
+
+
+def checked_evaluation_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of an evaluation that lack one or have no effect (UserError).
+
+    Args:
+        args:  of this start, with what the run remembers
+        given: names of the flags that were given
+    """
+    if args.eval_every and not args.eval_ref:
+        raise UserError("--eval-every needs --eval-ref, statistics or images to compare with", everywhere=True)
+    useless = sorted({"eval_num", "eval_ref", "eval_features", "eval_weights"} & given)
+    if useless and not args.eval_every:
+        flag = "--" + useless[0].replace("_", "-")
+        raise UserError(f"{flag} has no effect without --eval-every: give both, or leave it out", everywhere=True)
+
+
+def check_numbers(args: argparse.Namespace, num_levels: int, world_size: int) -> None:
+    """Refuse numbers of levels or samples (ValueError) that the network or the processes do not have."""
+    if args.patch_level not in (None, num_levels):
+        raise ValueError(
+            f"--patch-level {args.patch_level}, but {args.model} has {num_levels} level(s): leave it out, or "
+            f"choose another --model (those of two levels end in -2, those of three in -3)"
+        )
+    passes = world_size * args.gradient_accumulation_steps
+    if args.global_batch_size % passes:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} does not divide into {world_size} process(es) "
+            f"x {args.gradient_accumulation_steps} accumulation step(s): choose a multiple of {passes}"
+        )
+
+
 def checked_training_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
     """The flags of train.py with the full names of network and autoencoder.
 
@@ -305,8 +353,12 @@ def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
     return {**{name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}, "level_edges": list(edges)}
 
 
-def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
-    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the trained network that is sampled from, and its process as checked against it.
+
+    Returns:
+        add_argument of the process's group.
+    """
     add = parser.add_argument_group("model").add_argument
     add(
         "--ckpt",
@@ -333,6 +385,12 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
     add("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
     add("--train-eps", type=finite_float, help="of the training alone")
     add("--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)")
+    return add
+
+
+def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
+    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+    add = add_network_args(parser)
     add(
         "--level-edges",
         type=float,
@@ -355,10 +413,11 @@ def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool
     """
     source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
     process = {name: getattr(args, name) for name in PROCESS_FLAGS}
+    guidance = guidance_from(args)
     pipe = Pipeline.load(source, args.weights, None if latents else args.vae, args.level_edges, process)
     claims = {"model": args.model and canonical_name(args.model), "num_classes": args.num_classes}
     check_claims(claims, {"model": pipe.name, "num_classes": pipe.model.num_classes}, source)
-    guidance_from(args).of(pipe.model)
+    guidance.of(pipe.model)
     if latents:
         if args.image_size is not None:
             raise ValueError("--image-size is the side of images, and --latents makes none: leave it out")
@@ -401,10 +460,15 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default
     )
 
 
-def guidance_from(args: argparse.Namespace, default: float = 1.0) -> Guidance:
+def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] = 1.0) -> Guidance:
     """Guidance that --cfg-scales and its companions ask for (ValueError where they cannot)."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
-    return Guidance(tuple(args.cfg_scales or [default]), args.cfg_channels, interval)
+    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval)
+
+
+def evaluation_scales(num_levels: int) -> tuple[float, ...]:
+    """Guidance scales that PPFlow draws the samples of its FID with; SiT's single level is not guided there."""
+    return {2: (1.0, 3.0), 3: (1.0, 3.5, 3.75)}.get(num_levels, (1.0,))
 
 
 def add_ode_args(parser: argparse.ArgumentParser, default: str = "ab2") -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import Attention, DiTBlock, PyramidalPatchDiT, patchify, unpatchify
+from models import Attention, DiTBlock, PyramidalPatchDiT, unpatchify
 
 
 class DenseMaskPacking(nn.Module):
@@ -34,14 +34,9 @@ class DenseMaskPacking(nn.Module):
         self, x: Sequence[torch.Tensor], t: Sequence[torch.Tensor], y: Sequence[torch.Tensor], level: Sequence[int]
     ) -> list[torch.Tensor]:
         """Predict at several levels: x of (n, C, H, W), t and y of (n,), one for each level; a list of (n, C, H, W)."""
-        model, conditions, tokens = self.model, [], []
-        for group_x, group_t, group_y, group_level in zip(x, t, y, level, strict=True):
-            c = model.t_embedder(group_t) + model.y_embedder(group_y)
-            if model.num_levels > 1:
-                c = c + model.level_embedder.embedding_table.weight[group_level]
-            conditions.append(c)
-            embedded = model.x_embedder[group_level](patchify(group_x, model.patch_sizes[group_level]))
-            tokens.append(embedded + getattr(model, f"pos_embed_{group_level}"))
+        model = self.model
+        conditions = [model.condition(*each) for each in zip(t, y, level, strict=True)]
+        tokens = [model.tokens(*each) for each in zip(x, level, strict=True)]
         sample, counts = self._layout(tokens)
         sample = sample.to(tokens[0].device)
         mask = sample[:, None, :, None] == sample[:, None, None, :]  # (rows, 1, T, T)

@@ -119,7 +119,7 @@ def open_training_data(
     Args:
         path, image_size: as for `open_dataset`
         vae:              --vae; None for the dataset's own, or Stable Diffusion's
-        shown:            samples are decoded for previews
+        shown:            samples are decoded, for previews or evaluations
         device:           where the autoencoder computes
 
     Returns:
@@ -135,7 +135,9 @@ def open_training_data(
     default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
     name = autoencoder_name(vae or default or "none")
     if name == "none" and dataset.kind == "latents" and shown:
-        raise ValueError(f"{path} does not say which autoencoder decodes it: give --vae, or --sample-every 0")
+        raise ValueError(
+            f"{path} does not say which autoencoder decodes it: give --vae, or --sample-every 0 (and no --eval-every)"
+        )
     if autoencoder is None and (dataset.kind == "images" or shown):
         autoencoder = load_autoencoder(name, device)
     if dataset.kind == "latents" and autoencoder is not None and autoencoder.name != "none":

@@ -247,7 +247,8 @@ class ImageArchive(ImageDataset):
             stored = entries[name].compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if not stored or entries[name].flag_bits & 1:
                 raise ValueError(f"{path}/{name} is encrypted, or neither stored nor deflated: pack the archive anew")
-        if described:
+        self.described = bool(described)  # labels are those of dataset.json
+        if self.described:
             folder = min(described, key=len).removesuffix("dataset.json")
             labels = _json_labels(description, [name.removeprefix(folder) for name in names], f"{path}/dataset.json")
         else:

@@ -1,6 +1,6 @@
 """Small classifiers as feature extractors: for images that Inception and DINOv2 were not made for, as digits.
 
-    python evaluate.py classifier cifar10.zip cifar-16.pt --image-size 16      # then --features cifar --classifier ...
+    python evaluate.py classifier cifar-16.zip cifar-16.pt      # then --features cifar --classifier cifar-16.pt
 
 Their last hidden layer gives the features, their probabilities the class accuracy. That of the digits is trained in
 seconds when it is first asked for. Distances in the features of different classifiers do not compare.

@@ -110,7 +110,7 @@ class FrechetDistance:
         # Where there are fewer images than features most are zero but for rounding, of which the root would be large.
         eigenvalues = eigenvalues[eigenvalues > 4 * torch.finfo(torch.float64).eps * eigenvalues[-1]].clamp(min=0)
         traces = samples.covariance.trace() + self.reference.covariance.trace() - 2 * eigenvalues.sqrt().sum()
-        return ((samples.mean - self.reference.mean).square().sum() + traces).item()
+        return max(0.0, ((samples.mean - self.reference.mean).square().sum() + traces).item())  # but for rounding
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -52,6 +52,16 @@ def start_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
+def shares(number: int, batch_size: int, processes: Processes) -> tuple[torch.Tensor, ...]:
+    """This process's part of the numbers 0, 1, ..., number - 1, in batches.
+
+    Calls of a sharded network are collective, so all processes have batches of the same sizes. For that some numbers
+    are past the end: take them modulo `number`, and the sample once more.
+    """
+    each = -(-number // processes.world_size)
+    return (processes.rank + torch.arange(each) * processes.world_size).split(batch_size)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that is divided among all (train.py --shard); else the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -39,6 +39,15 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@contextlib.contextmanager
+def user_output(path: str | Path, advice: str) -> Iterator[None]:
+    """Turn the error of a file or folder that cannot be written into a UserError that ends with advice."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; {advice}") from error
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2.
 

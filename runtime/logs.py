@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ from runtime.files import complete_file
 # Logs
 
 
+DISTANCE = r"fi?d\d+k?"  # a key of metrics.jsonl: fid5k is the FID of 5000 samples, fd500 another distance of 500
+
+
 class RunLog:
-    """log.txt, metrics.jsonl and loss.png in a run's folder, and wandb where asked for.
+    """log.txt, metrics.jsonl and the curves in a run's folder, and wandb where asked for.
 
     Args:
         run_dir: the run's folder
@@ -86,12 +90,12 @@ class RunLog:
                 records.append(json.loads(line))
         return records
 
-    def record(self, values: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl; values holds the step."""
+    def record(self, values: dict[str, Any], group: str = "train") -> None:
+        """Append a record to metrics.jsonl, and to a group of wandb's; values holds the step."""
         with self.unless_full(), open(self.metrics_file, "a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb_run:
-            self.wandb_run.log({f"train/{name}": value for name, value in values.items()}, step=values["step"])
+            self.wandb_run.log({f"{group}/{name}": value for name, value in values.items()}, step=values["step"])
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a picture in wandb."""
@@ -101,24 +105,33 @@ class RunLog:
             self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
 
     def plot(self) -> None:
-        """Draw loss.png: the loss of each level over the steps."""
+        """Draw the loss of each level over the steps in loss.png, and distances of samples, if any, in eval.png."""
+        records = self.metrics()
+        keys = sorted({key for record in records for key in record})
+        losses = {key: key.replace("_", " ").replace("loss ", "") for key in keys if key.startswith("loss")}
+        self._plot("loss.png", records, {**losses, "loss": "all levels"}, "training loss")
+        distances = {key: key for key in keys if re.fullmatch(DISTANCE, key)}
+        self._plot("eval.png", records, distances, "distance of EMA samples")
+
+    def _plot(self, name: str, records: list[dict[str, Any]], labels: dict[str, str], ylabel: str) -> None:
+        """Draw the records' values over the steps, with a label for each key; nothing where there are none."""
         from matplotlib.figure import Figure  # slow to import
 
-        records = self.metrics()
-        if not records:
+        curves = {key: [(r["step"], r[key]) for r in records if r.get(key) is not None] for key in labels}
+        if not any(curves.values()):
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for key in sorted({key for record in records for key in record if key.startswith("loss")}):
-            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-            label = "all levels" if key == "loss" else key.replace("_", " ").replace("loss ", "")
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=2 if key == "loss" else 1)
-        axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        for key, points in curves.items():
+            if points:
+                style = {"linewidth": 2 if key == "loss" else 1, "marker": None if key.startswith("loss") else "."}
+                axes.plot(*zip(*points, strict=True), label=labels[key], **style)
+        axes.set(xlabel="step", ylabel=ylabel, yscale="log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        with self.unless_full(), complete_file(self.run_dir / "loss.png") as temporary:
+        with self.unless_full(), complete_file(self.run_dir / name) as temporary:
             figure.savefig(temporary, dpi=120)
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SAMPLES = 7
     LABELS = 8
     PROBES = 10
+    EVALUATION = 11  # samples that are measured during training
 
 
 def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream.CHOICE) -> list[torch.Generator]:
@@ -37,6 +38,19 @@ def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream
     # torch seeds its CPU generator from 32 bits, where hashes of many indices would collide; an odd stride cannot.
     first, stride = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(int(stream),)).generate_state(2))
     return [torch.Generator().manual_seed((first + index * (stride | 1)) % 2**32) for index in indices]
+
+
+def label_of(index: int, num_classes: int, seed: int, sampling: str) -> int:
+    """The class of sample `index` in a set of many samples.
+
+    Args:
+        seed:     of the set
+        sampling: "random" for classes drawn uniformly, "balanced" for all classes equally often
+    """
+    if sampling == "balanced":
+        return index % num_classes
+    (generator,) = sample_generators(seed, [index], Stream.LABELS)
+    return int(torch.randint(num_classes, (), generator=generator))
 
 
 def draw_step(

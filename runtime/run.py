@@ -56,6 +56,8 @@ FREE_TO_CHANGE = {
     "log_every",
     "ckpt_every",
     "sample_every",
+    "eval_every",
+    "eval_num",
     "keep_last",
     "keep_every",
     "cfg_scales",
@@ -72,7 +74,11 @@ LOGGED_WHEN_CHANGED = {
     "deterministic",
     "data_path",
     "vae",
+    "eval_ref",
+    "eval_features",
+    "eval_weights",
 }
+PATHS = {"data_path", "eval_ref", "eval_weights"}
 
 
 def continued_settings(
@@ -117,7 +123,7 @@ def continued_settings(
             merged[name] = value
             continue
         now, flag = settings[name], "--" + name.replace("_", "-")
-        same = full_path(now) == full_path(value) if name == "data_path" else now == value
+        same = full_path(now) == full_path(value) if name in PATHS else now == value
         if same or name in FREE_TO_CHANGE:
             continue
         if name not in LOGGED_WHEN_CHANGED:
@@ -130,9 +136,9 @@ def continued_settings(
     return merged, changes
 
 
-def full_path(data_path: str) -> str:
-    """--data-path as a run remembers it, to be found from any working directory."""
-    return data_path if data_path == "digits" else os.path.abspath(data_path)
+def full_path(path: str | None) -> str | None:
+    """A path as a run remembers it, to be found from any working directory; the word "digits" and None stay."""
+    return path if path in (None, "digits") else os.path.abspath(path)
 
 
 DATA_PARTS = {
@@ -315,6 +321,13 @@ class Run:
             self.say(
                 f"step {values['step']}: loss {values['loss']:.4f}, {rate:.0f} images/s, {seconds * 1e3:.0f} ms/step"
             )
+
+    def record_evaluation(self, step: int, name: str, distance: float, seconds: float) -> None:
+        """Log the distance of samples at a step, and how long it took to draw and measure them."""
+        if self.log:
+            self.log.record({"step": step, name: distance, "evaluation_seconds": seconds}, "eval")
+            self.say(f"step {step}: {name} {distance:.4g}, in {seconds:.0f} s")
+            self.log.plot()
 
     @property
     def should_stop(self) -> bool:

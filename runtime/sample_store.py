@@ -120,8 +120,11 @@ class ShardStore(SampleStore):
         return shard[self.key][row], float(shard["nats"][row]) if "nats" in shard else None
 
 
-def write_npz(path: Path, store: SampleStore, num_samples: int) -> tuple[str, list[float | None]]:
-    """Stream the samples into an .npz: arr_0 (N, ...) in sample order, a shard in memory at most.
+def write_npz(path: Path, store: SampleStore, labels: Sequence[int]) -> tuple[str, list[float | None]]:
+    """Stream the samples into an .npz, a shard in memory at most: arr_0 (N, ...) in sample order, as ADM writes it.
+
+    Args:
+        labels: classes of the N samples, for arr_1 (N,) int64
 
     Returns:
         shape and type of the array, to be read, and the samples' log-densities, None where they have none.
@@ -130,23 +133,22 @@ def write_npz(path: Path, store: SampleStore, num_samples: int) -> tuple[str, li
         ValueError: if a sample is damaged, or not of the first one's shape and type.
     """
     shape, dtype = _shape_and_type(store.read(0)[0])
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_samples, *shape)}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (len(labels), *shape)}
     nats = []
-    with (
-        complete_file(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for index in tqdm(range(num_samples), desc="npz", unit="sample"):
-            sample, value = store.read(index)
-            if _shape_and_type(sample) != (shape, dtype):
-                raise ValueError(
-                    f"{store.folder}: sample {index} is {sample.shape} {sample.dtype}, and the first {shape} {dtype}: "
-                    f"remove that folder"
-                )
-            file.write(np.ascontiguousarray(sample).tobytes())
-            nats.append(value)
+    with complete_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in tqdm(range(len(labels)), desc="npz", unit="sample"):
+                sample, value = store.read(index)
+                if _shape_and_type(sample) != (shape, dtype):
+                    raise ValueError(
+                        f"{store.folder}: sample {index} is {sample.shape} {sample.dtype}, and the first {shape} "
+                        f"{dtype}: remove that folder"
+                    )
+                file.write(np.ascontiguousarray(sample).tobytes())
+                nats.append(value)
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
     return f"{header['shape']} {dtype}", nats
 
 

@@ -42,6 +42,7 @@ TINY = [
 
 
 def pytest_configure() -> None:
+    train.EVALUATION_STEPS = 4
     train.PREVIEW_STEPS = 4  # every run ends with a preview; the demo's test makes them at full length
 
 
@@ -74,6 +75,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train.train([*TINY, "--run-dir", str(run_dir), "--max-steps", "20", "--ckpt-every", "10", "--log-every", "1"])
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights of Inception, 96 MB."""
+    from random_inception import write_random_inception
+
+    return write_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture

@@ -130,6 +130,30 @@ def test_train_from_a_pretrained_sit(imagenet: str, vae: str, published: dict[st
     torch.testing.assert_close(trained(x, t, y, level=1), sit(x, t, y))
 
 
+def test_weights_of_other_classes_lend_their_blocks(
+    imagenet: str, vae: str, published: dict[str, str], tmp_path: Path
+) -> None:
+    train.train(
+        [
+            *(
+                f"--model SiT-T/2 --data-path {imagenet} --initialize_from {published['SiT-T/2']} "
+                f"--vae {vae} --lr 1e-30 --run-dir {tmp_path}"
+            ).split(),
+            *SMALL_TRAINING,
+        ]
+    )
+    trained, sit = load_pretrained(tmp_path).model, load_pretrained(published["SiT-T/2"]).model
+    classes = trained.num_classes
+    assert classes < sit.num_classes
+    assert f"of 1000 classes, and the model has {classes}: the label table is new" in (tmp_path / "log.txt").read_text()
+    torch.manual_seed(0)  # --global-seed
+    start = create_model("SiT-T/2", input_size=8, num_classes=classes).y_embedder.embedding_table.weight
+    found = trained.y_embedder.embedding_table.weight
+    torch.testing.assert_close(found[:-1], start[:-1], atol=1e-12, rtol=0)
+    torch.testing.assert_close(found[-1], sit.y_embedder.embedding_table.weight[-1])
+    torch.testing.assert_close(trained.blocks.state_dict(), sit.blocks.state_dict())
+
+
 def test_resuming_does_not_read_the_initial_weights_again(
     imagenet: str, vae: str, published: dict[str, str], tmp_path: Path
 ) -> None:

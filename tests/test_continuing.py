@@ -548,6 +548,16 @@ def test_a_run_of_an_earlier_version_is_sampled_from(earlier_run: Path) -> None:
     assert pipe.images([1, 2], ODE(num_steps=4)).shape == (2, 1, 8, 8)
 
 
+def test_a_run_of_an_earlier_version_can_be_evaluated(earlier_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PPFLOW_CACHE", str(tmp_path / "cache"))
+    (checkpoint,) = (earlier_run / "checkpoints").glob("*.pt")
+    stored = torch.load(checkpoint, weights_only=True)
+    assert not any(name.startswith("eval_") for name in stored["config"]["args"])
+    flags = ["--eval-every", "1", "--eval-num", "20", "--eval-ref", "digits", "--eval-features", "pixels"]
+    train(["--run-dir", str(earlier_run), *flags])
+    assert "fd20" in json.loads((earlier_run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 def test_a_setting_that_an_earlier_version_did_not_know_has_its_default(
     earlier_run: Path, refuses: Callable[..., str]
 ) -> None:

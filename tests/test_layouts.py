@@ -405,12 +405,41 @@ def test_sigma_is_dropped_or_added(there):
             assert not head.bias.reshape(p, q, 2, 4)[:, :, 1].any()
 
 
+@pytest.mark.parametrize("classes", [2, 9])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@torch.no_grad()
+def test_another_number_of_classes_renews_the_label_table_alone(levels, classes):
+    source, model, same = tiny(1), tiny(levels, num_classes=classes), tiny(levels)
+    own = model.y_embedder.embedding_table.weight.clone()
+    (line,) = initialize_levels(model, source)
+    assert f"of {CLASSES} classes, and the model has {classes}" in line
+    assert initialize_levels(same, source) == []
+    found, expected = model.state_dict(), same.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    null = source.y_embedder.embedding_table.weight[-1:]
+    assert torch.equal(found.pop(table), torch.cat([own[:-1], null]))
+    assert torch.equal(expected.pop(table), source.y_embedder.embedding_table.weight)
+    assert same_weights(found, expected)
+    x, t, _ = inputs()
+    nobody = source(x, t, torch.full((3,), CLASSES))  # without a label, the network is the one that it started from
+    assert torch.equal(model(x, t, torch.full((3,), classes), level=levels - 1), nobody)
+
+
+@torch.no_grad()
+def test_new_labels_meet_the_finest_level_of_a_pyramid():
+    """In a model with a single level, the finest level's embedding joins every row of the label table, new or not."""
+    two, sit = tiny(2), tiny(1, num_classes=2)
+    own, level = sit.y_embedder.embedding_table.weight[:2].clone(), two.level_embedder.embedding_table.weight[1]
+    initialize_levels(sit, two)
+    null = two.y_embedder.embedding_table.weight[-1:]
+    assert torch.equal(sit.y_embedder.embedding_table.weight, torch.cat([own, null]) + level)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"hidden_size": 128}, "hidden_size is 128 there, 64 here"),
         ({"depth": 3}, "depth is 3 there, 2 here"),
-        ({"num_classes": 4}, "num_classes is 4 there, 5 here"),
         ({"in_channels": 3}, "in_channels is 3 there, 4 here"),
         ({"num_heads": 2}, "num_heads is 2 there, 4 here"),
         ({"mlp_ratio": 2.0}, "width of the MLP is 128 there, 256 here"),

@@ -55,6 +55,17 @@ def test_stochastic_samples_are_those_of_the_sampler(pipe: Pipeline) -> None:
     assert torch.equal(found, expected)
 
 
+def test_samples_go_on_from_the_state_at_an_edge(pipe: Pipeline) -> None:
+    solver, guidance = ODE(num_steps=9), Guidance((1.0, 1.5, 2.0), interval=(0.6, 0.9))
+    whole = pipe.latents(LABELS, solver, guidance, seed=4)
+    state = pipe.latents(LABELS, solver, guidance, seed=4, levels=range(0, 2))
+    assert torch.equal(pipe.latents(LABELS, solver, guidance, x0=state, levels=range(2, 3)), whole)
+    coarse = pipe.latents(LABELS, solver, guidance, seed=4, levels=range(0, 1))
+    assert torch.equal(pipe.latents(LABELS, solver, guidance, x0=coarse, levels=range(1, 3)), whole)
+    with pytest.raises(ValueError, match=r"range\(1, 3\) begin at an edge: give x0, the state there"):
+        pipe.latents(LABELS, solver, guidance, seed=4, levels=range(1, 3))
+
+
 def test_a_sample_is_a_function_of_its_own_generator(pipe: Pipeline) -> None:
     together = pipe.latents(LABELS, ODE(num_steps=6), Guidance(2.0), seed=1)
     alone = pipe.latents(LABELS[1:2], ODE(num_steps=6), Guidance(2.0), sample_generators(1, [1], Stream.SAMPLES))

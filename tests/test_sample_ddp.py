@@ -21,8 +21,10 @@ from conftest import ROOT, start_script
 from PIL import Image
 
 from models import create_model
+from pipeline import Pipeline
+from runtime.rng import label_of
 from runtime.sample_store import PngStore, ShardStore, write_npz
-from sample_ddp import build_parser, label_of, main
+from sample_ddp import main
 from weights.layouts import fingerprint
 from weights.pretrained import load_pretrained
 
@@ -30,7 +32,7 @@ from weights.pretrained import load_pretrained
 def npz(folder: Path) -> np.ndarray:
     (file,) = folder.glob("*.npz")
     with np.load(file) as archive:
-        assert archive.files == ["arr_0"]
+        assert archive.files == ["arr_0", "arr_1"]
         return archive["arr_0"]
 
 
@@ -339,13 +341,42 @@ def test_names_of_any_letters_in_any_locale(tiny_run: Path, tmp_path: Path) -> N
     assert b"this locale has no such letters, set PYTHONUTF8=1" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "scales"),
+    [
+        ("SiT-T/2", [], [1.0]),
+        ("PPF-T-2", [], [1.0, 3.0]),
+        ("PPF-T-3", [], [1.0, 3.5, 3.75]),
+        ("PPF-T-2", ["--cfg-scales", "1.0"], [1.0]),
+        ("PPF-T-2", ["--likelihood"], [1.0]),
+    ],
+)
+def test_guidance_is_that_of_ppflows_evaluation(model: str, flags: list[str], scales: list[float], tmp_path: Path):
+    create_model(model, input_size=8, in_channels=3, num_classes=2).save_pretrained(tmp_path / "weights")
+    flags = [*flags, "--sampling-method", "euler", "--num-sampling-steps", "4", "--num-fid-samples", "1"]
+    main(["ODE", "--ckpt", str(tmp_path / "weights"), *flags, "--sample-dir", str(tmp_path / "samples")])
+    assert settings_of(tmp_path / "samples")["cfg_scales"] == scales
+    assert f"-cfg-{'-'.join(f'{scale:g}' for scale in scales)}-seed" in store_of(tmp_path / "samples").folder.name
+
+
 def test_labels() -> None:
-    balanced = build_parser().parse_args(["ODE", "--ckpt", "x", "--label-sampling", "balanced"])
-    assert set(Counter(label_of(i, 10, balanced) for i in range(50)).values()) == {5}
-    random = build_parser().parse_args(["ODE", "--ckpt", "x"])
-    counts = Counter(label_of(i, 10, random) for i in range(2000))
+    assert set(Counter(label_of(i, 10, seed=0, sampling="balanced") for i in range(50)).values()) == {5}
+    counts = Counter(label_of(i, 10, seed=0, sampling="random") for i in range(2000))
     chi_square = sum((counts[label] - 200) ** 2 / 200 for label in range(10))
     assert chi_square < 27.9  # 0.1 % point of chi-square with nine degrees of freedom
+
+
+def test_labels_are_those_of_earlier_versions() -> None:
+    assert [label_of(i, 10, 3, "random") for i in range(12)] == [2, 1, 6, 9, 5, 4, 8, 5, 6, 8, 2, 2]
+    assert [label_of(i, 1000, 3, "random") for i in (0, 7, 49_999)] == [772, 585, 556]
+
+
+def test_the_npz_holds_the_classes_as_adm_writes_them(samples: Path) -> None:
+    (file,) = samples.glob("*.npz")
+    with np.load(file) as archive:
+        labels = archive["arr_1"]
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [label_of(i, 10, 0, "random") for i in range(11)]
 
 
 @pytest.mark.parametrize("kind", [PngStore, ShardStore])
@@ -356,7 +387,7 @@ def test_npz_is_written_in_little_memory(kind: type, tmp_path: Path) -> None:
         store.write(range(start, start + 6), images[start : start + 6], None)
     assert store.present(60) == set(range(60))
     tracemalloc.start()
-    write_npz(tmp_path / "all.npz", store, 60)
+    write_npz(tmp_path / "all.npz", store, range(60))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < images.nbytes / 2
@@ -374,6 +405,35 @@ def test_settings_are_stored(samples: Path) -> None:
     settings = json.loads(file.read_text())
     assert settings["checkpoint"] == "PPF-T-2, step 20"
     assert settings["num_sampling_steps"] == [4]
+    assert settings["num_classes"] == 10
+
+
+def test_settings_tell_the_cost(samples: Path, tiny_run: Path, tmp_path: Path) -> None:
+    macs = [Pipeline.load(tiny_run).model.macs(level) for level in (0, 1)]
+    assert settings_of(samples)["nfe_per_image"] == 2 + 2 * 2  # the fine level is guided
+    assert settings_of(samples)["gmacs_per_image"] == pytest.approx((2 * macs[0] + 2 * 2 * macs[1]) / 1e9)
+    flags = ["--ckpt", str(tiny_run), "--num-fid-samples", "1", "--sample-dir", str(tmp_path / "more")]
+    main(["ODE", *flags, "--cfg-scales", "2", "1", "--num-sampling-steps", "4", "3"])
+    cost = settings_of(tmp_path / "more")
+    assert cost["nfe_per_image"] == 2 * 4 + 3
+    assert cost["gmacs_per_image"] == pytest.approx((2 * 4 * macs[0] + 3 * macs[1]) / 1e9)
+    main(["ODE", *flags[:-1], str(tmp_path / "adaptive"), "--sampling-method", "bosh3"])
+    cost = settings_of(tmp_path / "adaptive")
+    assert cost["nfe_per_image"] is cost["gmacs_per_image"] is None
+
+
+def test_a_folder_that_does_not_tell_classes_and_cost_goes_on(samples: Path, tiny_run: Path, refuses, capsys) -> None:
+    """Those of earlier versions do not."""
+    before, (file,) = settings_of(samples), samples.rglob("settings.json")
+    added = ("num_classes", "nfe_per_image", "gmacs_per_image")
+    flags = ["ODE", "--ckpt", tiny_run, "--num-fid-samples", 11, "--num-sampling-steps", 4, "--sample-dir", samples]
+    file.write_text(json.dumps({name: value for name, value in before.items() if name not in added}))
+    store_of(samples).path(3).unlink()
+    main([*map(str, flags)])
+    assert "1 of 11 samples to make" in capsys.readouterr().out
+    assert settings_of(samples) == before
+    file.write_text(json.dumps({name: value for name, value in before.items() if name != "label_sampling"}))
+    assert "holds samples with label_sampling None, not random" in refuses(main, *flags)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from small_autoencoders import change_config, save_kl, save_tiny
 
 import sample
 import train
-from runtime.rng import sample_generators
+from runtime.rng import label_of, sample_generators
 from runtime.sample_store import ShardStore
-from sample_ddp import build_parser, label_of, main
+from sample_ddp import main
 from transport import ClassifierFreeGuidance, Sampler, create_transport
 from weights.pretrained import convert, load_pretrained
 
@@ -135,9 +135,8 @@ def test_an_old_config_means_its_class_defaults(encoded_run: Path, tmp_path: Pat
 def test_latents_of_an_unknown_autoencoder_are_scaled_by_their_statistics(wide_run: Path, tmp_path: Path) -> None:
     main(flags_of(wide_run, tmp_path, "--latents"))
     pretrained = load_pretrained(wide_run)
-    args = build_parser().parse_args(flags_of(wide_run, tmp_path))
     x0 = torch.stack([torch.randn(WIDE, 4, 4, generator=g) for g in sample_generators(0, range(5), 7)])
-    y = torch.tensor([label_of(index, 2, args) for index in range(5)])
+    y = torch.tensor([label_of(index, 2, 0, "random") for index in range(5)])
     sampler = Sampler(create_transport(**pretrained.transport))
     x1 = sampler.sample_ode(
         ClassifierFreeGuidance(pretrained.model, 1.5, pretrained.model.num_classes), x0, num_steps=3, y=y

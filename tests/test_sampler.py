@@ -29,7 +29,9 @@ from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
     NOISE_TO_DATA_METHODS,
+    ODE,
     ODE_METHODS,
+    SDE,
     SDE_METHODS,
     Sampler,
     bits_per_dim,
@@ -231,6 +233,38 @@ def test_steps_are_counted_over_the_whole_way_or_per_level(method: str, cost: in
         levels = [level for _, _, level, _ in network.calls]
         assert [levels.count(level) for level in range(3)] == [cost * share for share in shares]
         assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize(("method", "reverse"), EVERY_WAY)
+def test_walks_over_some_levels_make_up_the_whole_walk(method: str, reverse: bool):
+    """Bit by bit, with both ends cut off (score) and the guidance switched on within a level."""
+    sampler, network = make("Linear", "score", ODD_EDGES)
+    network.breakpoints = (0.5, 0.95)
+    x, settings = noise(3).float(), {"method": method, "num_steps": 11, "reverse": reverse}
+    whole = sampler.sample_ode(network, x, **settings)
+    for cuts in ((0, 1, 4), (0, 3, 4), (0, 1, 2, 3, 4)):
+        parts = [range(low, high) for low, high in pairwise(cuts)]
+        state = x
+        for levels in reversed(parts) if reverse else parts:
+            state = sampler.sample_ode(network, state, **settings, levels=levels)
+        assert torch.equal(state, whole)
+
+
+def test_the_state_at_an_edge_is_the_flow_there():
+    sampler, network = make("VP", edges=ODD_EDGES)  # from 0 to 0.999
+    x0 = noise(20)
+    state = sampler.sample_ode(network, x0, **PRECISE, levels=range(0, 2))
+    expected = DATA.flow("VP", x0 * numbers("VP", 0.0)[1], 0.0, ODD_EDGES[1])
+    torch.testing.assert_close(state, expected, atol=1e-6, rtol=0)
+
+
+def test_levels_that_are_not_there_are_refused():
+    sampler, network = make(edges=(0.5,))
+    for levels in (range(0), range(1, 1), range(0, 3), range(-1, 1), range(0, 2, 2)):
+        with pytest.raises(ValueError, match=r"levels must be a range within range\(0, 2\)"):
+            sampler.sample(network, noise(1), ODE(), levels=levels)
+    with pytest.raises(ValueError, match="an SDE walks all levels at once"):
+        sampler.sample(network, noise(1), SDE(), levels=range(0, 1))
 
 
 def test_labels_and_samples_stay_together():

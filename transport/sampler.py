@@ -47,12 +47,19 @@ class Sampler:
         solver: ODE | SDE,
         y: torch.Tensor | None = None,
         generator: Generator = None,
+        levels: range | None = None,
     ) -> torch.Tensor:
-        """Data (N, ...) from noise x0 (N, ...) with the solver's settings; only an SDE uses the generator."""
+        """Data (N, ...) from noise x0 (N, ...) with the solver's settings; only an SDE uses the generator.
+
+        Args:
+            levels: as in sample_ode; an SDE walks all of them (ValueError otherwise)
+        """
         settings = asdict(solver)
-        if isinstance(solver, SDE):
-            return self.sample_sde(model, x0, **settings, generator=generator, y=y)
-        return self.sample_ode(model, x0, **settings, y=y)
+        if isinstance(solver, ODE):
+            return self.sample_ode(model, x0, **settings, y=y, levels=levels)
+        if levels is not None:
+            raise ValueError("an SDE walks all levels at once: choose an ODE to walk some of them")
+        return self.sample_sde(model, x0, **settings, generator=generator, y=y)
 
     # -- ODE -----------------------------------------------------------------------------------------------------
 
@@ -67,12 +74,15 @@ class Sampler:
         rtol: float = 1e-3,
         y: torch.Tensor | None = None,
         reverse: bool = False,
+        levels: range | None = None,
     ) -> torch.Tensor:
         """Follow the probability-flow ODE dx/dt = v(x, t) from noise to data (SiT, equation 2).
 
+        Walks over some levels one after the other give what one walk over all of them gives, bit by bit.
+
         Args:
             model:     network, guided or not
-            x0:        (N, ...) noise; with reverse, data
+            x0:        (N, ...) noise; with reverse, data; the state at the first edge of levels that do not begin there
             method:    one of ODE_METHODS
             num_steps: steps of a fixed-step method over the whole trajectory, or one number per level; an adaptive
                        method chooses its own and ignores them
@@ -80,9 +90,10 @@ class Sampler:
             rtol:      relative tolerance of an adaptive method
             y:         (N,) class ids
             reverse:   go from data to noise
+            levels:    walk these levels alone, with the steps that they have in the whole trajectory; None for all
 
         Returns:
-            (N, ...) data, or noise with reverse.
+            (N, ...) data, or noise with reverse; the state at the last edge of levels that do not end there.
 
         Raises:
             ValueError: if the method is unknown or does not solve in this direction, there are fewer steps than
@@ -93,15 +104,18 @@ class Sampler:
         start, stop = self.transport.sample_interval
         if reverse:
             start, stop = stop, start
-        x = x0 * self._boundary(start)
-        for interval, steps in self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps):
+        plan = self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps)
+        if levels is not None:
+            plan = self._only(levels, plan)
+        x = x0 * self._boundary(start) if plan[0][0].start == start else x0
+        for interval, steps in plan:
             if method == "dpmpp_2m":
                 data = self._estimate(model, interval, y, "data")
                 x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma)
             else:
                 velocity = self._estimate(model, interval, y, "velocity")
                 x = solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol)
-        return x / self._boundary(stop)
+        return x / self._boundary(stop) if plan[-1][0].stop == stop else x
 
     # -- SDE -----------------------------------------------------------------------------------------------------
 
@@ -281,6 +295,14 @@ class Sampler:
         if num_steps is None:
             return [(interval, 0) for interval in intervals]
         return list(zip(intervals, schedule.share_steps(num_steps, intervals, reserve), strict=True))
+
+    def _only(self, levels: range, plan: list[tuple[Interval, int]]) -> list[tuple[Interval, int]]:
+        """The part of a plan that is of these levels."""
+        num_levels = self.transport.schedule.num_levels
+        part = [(interval, steps) for interval, steps in plan if interval.level in levels]
+        if levels.step != 1 or not 0 <= levels.start < levels.stop <= num_levels or not part:
+            raise ValueError(f"levels must be a range within range(0, {num_levels}), got {levels}")
+        return part
 
     def _network(self, model: Model, interval: Interval) -> Model:
         if hasattr(model, "on_interval"):

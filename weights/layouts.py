@@ -301,7 +301,7 @@ def load_own_state_dict(
 
 
 @torch.no_grad()
-def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> None:
+def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> list[str]:
     """Start a model from another that may have other levels (PPFlow, arXiv:2506.23543, training from a normal DiT).
 
     Blocks, class table and time embedding are copied. A level copies the source's level of the same patch, if there is
@@ -309,14 +309,20 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> No
     (a fy, b fx), each fine pixel stands for fy x fx: the embedding's weights are repeated over them and divided by
     fy fx, so it embeds the mean of the pixels; the head's rows are repeated, so each pixel gets the fine pixel's
     output. New level embeddings are zero: the finest level starts as an exact copy of a SiT. In a model with a single
-    level, the finest level's embedding is added to the class table. Only the input sizes may differ.
+    level, the finest level's embedding is added to the class table.
+
+    With another number of classes, the model keeps its own rows of the class table; the null label's row is copied.
 
     Args:
         model:  changed in place, on any device
         source: left as it is
 
+    Returns:
+        a line about the class table if it is not the source's, for the log; otherwise nothing.
+
     Raises:
-        ValueError: if another argument than patch_sizes, input_size or learn_sigma differs, or no patch divides.
+        ValueError: if an argument differs besides patch_sizes, input_size, num_classes and learn_sigma, or if no patch
+                    divides.
     """
     here, there = (
         {
@@ -324,7 +330,6 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> No
             "hidden_size": net.hidden_size,
             "depth": net.depth,
             "num_heads": net.num_heads,
-            "num_classes": net.num_classes,
             "width of the MLP": net.blocks[0].mlp.fc1.out_features,
         }
         for net in (model, source)
@@ -338,6 +343,14 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> No
     weights = {name: tensor for name, tensor in found.items() if not name.startswith(by_level)}
     classes, old_levels = (f"{table}.embedding_table.weight" for table in ("y_embedder", "level_embedder"))
     new_levels = torch.zeros(model.num_levels, model.hidden_size, device=found[classes].device)
+    notes = []
+    if model.num_classes != source.num_classes:
+        own = model.y_embedder.embedding_table.weight[:-1].to(weights[classes])
+        weights[classes] = torch.cat([own, weights[classes][-1:]])
+        notes.append(
+            f"the weights are of {source.num_classes} classes, and the model has {model.num_classes}: the label table "
+            "is new, but for the row of the null label"
+        )
     for level, patch in enumerate(model.patch_sizes):
         origin = _origin(patch, source.patch_sizes)
         (a, b), (p, q) = source.patch_sizes[origin], patch
@@ -354,6 +367,7 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> No
     else:
         weights[classes] = weights[classes] + new_levels
     model.load_state_dict(weights)
+    return notes
 
 
 def _origin(patch: tuple[int, int], patch_sizes: tuple[tuple[int, int], ...]) -> int:

@@ -107,7 +107,7 @@ def download(name: str, cache_dir: str | Path | None = None, verify: bool = Fals
         if target.stat().st_size != size:
             raise ValueError(f"{target} is not what was downloaded: delete it, and it is fetched again")
         digest = digest or found
-    if verify and digest and _sha256(target) != digest:
+    if verify and digest and file_sha256(target) != digest:
         raise ValueError(f"{target} is not what was downloaded: delete it, and it is fetched again")
     return target
 
@@ -131,7 +131,7 @@ def _recorded(path: Path) -> tuple[int, str]:
 def _fetch_checked(name: str, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     _fetch(name, part)
-    digest = _sha256(part)
+    digest = file_sha256(part)
     try:
         if PUBLISHED[name].sha256 not in (None, digest):
             raise ValueError(f"the sha256 of what it gave is {digest}, not {PUBLISHED[name].sha256}")
@@ -157,7 +157,8 @@ def check_published(path: Path, name: str) -> None:
         check_tensors(state, export_state_dict(model, "sit" if model.num_levels == 1 else "ppflow"), str(path))
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
