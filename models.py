@@ -371,8 +371,9 @@ class PyramidalPatchDiT(
         Raises:
             ValueError: if the input's size or the level is not the model's, or the numbers of groups and levels differ.
         """
-        if not isinstance(level, Sequence):
-            return self.forward([x], [t], [y], [level])[0]
+        single = not isinstance(level, Sequence)
+        if single:
+            x, t, y, level = [x], [t], [y], [level]
         if not len(x) == len(t) == len(y) == len(level):
             raise ValueError(f"{len(level)} levels, but {len(x)}, {len(t)} and {len(y)} groups of x, t and y")
         conditions = [self.condition(*each) for each in zip(t, y, level, strict=True)]
@@ -383,7 +384,8 @@ class PyramidalPatchDiT(
             else:
                 groups = block(groups, conditions)
         outputs = [self.prediction(*each) for each in zip(groups, conditions, level, strict=True)]
-        return [out.to(noisy.dtype) for out, noisy in zip(outputs, x, strict=True)]  # autocast makes it bf16
+        outputs = [out.to(noisy.dtype) for out, noisy in zip(outputs, x, strict=True)]  # autocast makes it bf16
+        return outputs[0] if single else outputs
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
