@@ -65,7 +65,9 @@ def test_a_plain_step_has_the_loss_of_the_transport(study, monkeypatch):
         return t * x1 + (1 - t) * x0
 
     labels = []
-    network.inner.y_embedder.embedding_table.register_forward_hook(lambda module, inputs, output: labels.append(inputs[0]))
+    network.inner.y_embedder.embedding_table.register_forward_hook(
+        lambda module, inputs, output: labels.append(inputs[0])
+    )
     loss = recipes.loss_of_step(recipe, network, data, step=3, seed=0, batch_size=16)
     level = network.transport.schedule.level_at(seen["t"])
     y = torch.empty(16, dtype=torch.long)

@@ -23,6 +23,7 @@ from transport import (
     SDE,
     ClassifierFreeGuidance,
     GaussianNoise,
+    Guidance,
     PatchSchedule,
     Sampler,
     StudentTNoise,
@@ -405,7 +406,7 @@ def test_sample_folders_know_d_and_those_of_gaussian_noise_are_as_before(student
     def settings(run: Path) -> dict[str, object]:
         args = sample_ddp.build_parser().parse_args(["ODE", "--ckpt", str(run)])
         pipe = Pipeline.load(run)
-        return sample_ddp.settings_of(sample_ddp.Job(args, pipe, ODE(), sample_ddp.cli.guidance_from(args)), "digest")
+        return sample_ddp.settings_of(sample_ddp.Job(args, pipe, ODE(), Guidance(), pipe.check()), "digest")
 
     assert settings(student_run)["aug_dim"] == 8.0
     assert not {"aug_dim", "time_sampling", "time_params"} & settings(tiny_run).keys()
