@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from metrics.sides import (
     side_features,
 )
 from runtime.distributed import agree, check_same_flags, on_main, start_processes
-from runtime.errors import UserError, note, run_script
+from runtime.errors import UserError, note, run_script, user_input
 from runtime.files import complete_file
 from weights.published import cache_folder
 
@@ -165,19 +165,52 @@ def chosen_samples(args: argparse.Namespace, samples: Side) -> np.ndarray | None
     return np.sort(np.random.default_rng(0).permutation(number)[: args.num])
 
 
+class Job(NamedTuple):
+    """An evaluation that the flags ask for.
+
+    indices: numbers of the samples to take, ascending; None for all
+    lines:   what to know before it
+    """
+
+    reference: Side
+    samples: Side
+    extractor: Extractor
+    metrics: list[str]
+    indices: np.ndarray | None
+    cache: Path
+    lines: list[str]
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Job:
+    """The sides, features and metrics of an evaluation.
+
+    Raises:
+        OSError, ValueError: if something is missing, or they do not fit together.
+    """
+    sides = open_side(args.reference), open_side(args.samples)
+    indices = chosen_samples(args, sides[1])
+    extractor = extractor_from(args, sides, device)
+    for side in sides:
+        check_side(side, extractor)
+    sizes = compare_sizes(*sides, extractor)
+    metrics, lines = choose_metrics(args.metrics, *sides, extractor)
+    cache = args.cache or cache_folder() / "statistics"
+    return Job(*sides, extractor, metrics, indices, cache, [*lines, *([sizes] if sizes else [])])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The numbers
 
 
 def report(
     args: argparse.Namespace,
-    values: dict[str, dict[str, float]],
+    job: Job,
     sets: tuple[FeatureSet, FeatureSet],
-    samples: Side,
-    extractor: Extractor,
+    values: dict[str, dict[str, float]],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
     """Everything that makes the numbers comparable, in values that JSON has."""
+    extractor, images = job.extractor, job.samples.images
     return {
         "metrics": values,
         "reference": args.reference,
@@ -194,8 +227,8 @@ def report(
         "k": args.k,
         "adm_half": args.adm_half,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        "warnings": list(warnings),
-        "settings": samples.images.settings if samples.images is not None else None,
+        "warnings": [*job.lines, *warnings],
+        "settings": None if images is None else images.settings,
     }
 
 
@@ -216,36 +249,27 @@ def compare(argv: Sequence[str]) -> None:
     check_same_flags(vars(args), processes, but={"inception", "dino", "classifier", "cache", "json"})
     on_main(lambda: check_writable(args.json), processes)
 
-    def prepare() -> tuple[Side, Side, Extractor, list[str], list[str], np.ndarray | None, Path]:
-        reference, samples = open_side(args.reference), open_side(args.samples)
-        indices = chosen_samples(args, samples)
-        extractor = extractor_from(args, (reference, samples), processes.device)
-        for side in (reference, samples):
-            check_side(side, extractor)
-        sizes = compare_sizes(reference, samples, extractor)
-        metrics, lines = choose_metrics(args.metrics, reference, samples, extractor)
-        cache = args.cache or cache_folder() / "statistics"
-        return reference, samples, extractor, metrics, [*lines, *([sizes] if sizes else [])], indices, cache
-
-    reference, samples, extractor, metrics, lines, indices, cache = agree(prepare, processes)
-    for line in lines:
+    job = agree(lambda: prepare(args, processes.device), processes)
+    for line in job.lines:
         note(line)
     chunks = CHUNKS if args.errors or args.fid_inf else 1
     with cli.solving("--batch-size"):
-        known = reference_features(reference, extractor, processes, metrics, args.batch_size, cache)
-        found = side_features(samples, extractor, processes, metrics, indices, args.batch_size, chunks)
+        shared = job.extractor, processes, job.metrics
+        known = reference_features(job.reference, *shared, args.batch_size, job.cache)
+        found = side_features(job.samples, *shared, job.indices, args.batch_size, chunks)
         if not processes.is_main:
             return
-        values = evaluate(known, found, metrics, args.k, args.adm_half, args.errors, args.fid_inf)
-    warnings = warnings_about(known, found, metrics, extractor, args.fid_inf)
+        values = evaluate(known, found, job.metrics, args.k, args.adm_half, args.errors, args.fid_inf)
+    warnings = warnings_about(known, found, job.metrics, job.extractor, args.fid_inf)
     for line in warnings:
         print(f"warning: {line}")
     print(table(values, args.fid_inf))
     numbers = [f"{features.count:,}" if features.count else "unknown" for features in (found, known)]
-    print(f"{numbers[0]} samples, {numbers[1]} reference images, features {extractor.name} {extractor.digest[:8]}")
+    features = f"{job.extractor.name} {job.extractor.digest[:8]}"
+    print(f"{numbers[0]} samples, {numbers[1]} reference images, features {features}")
     if args.json:
-        content = report(args, values, (known, found), samples, extractor, [*lines, *warnings])
-        with cli.solving("--batch-size"), complete_file(args.json) as temporary:
+        content = report(args, job, (known, found), values, warnings)
+        with user_input(), complete_file(args.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -259,14 +283,14 @@ def make_statistics(argv: Sequence[str]) -> None:
     processes = start_processes()
     check_same_flags(vars(args), processes, but={"inception", "dino", "classifier", "out"})
 
-    def prepare() -> tuple[Side, Extractor]:
+    def open_all() -> tuple[Side, Extractor]:
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} does not end in .npz, by which others know such files")
         side = Side(args.images, None, open_images(args.images))
         return side, extractor_from(args, [side], processes.device)
 
     on_main(lambda: check_writable(args.out), processes)
-    side, extractor = agree(prepare, processes)
+    side, extractor = agree(open_all, processes)
     metrics = {"sfid"} if extractor.spatial_dimensions else set()
     with cli.solving("--batch-size"):
         found = side_features(side, extractor, processes, metrics, batch_size=args.batch_size, description="images")

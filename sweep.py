@@ -146,8 +146,8 @@ def build_parser() -> cli.ArgumentParser:
     add("--inception", type=Path, metavar="PATH", help="weights of Inception (default: in PPFLOW_CACHE)")
     add("--dino", type=Path, metavar="PATH", help="weights of DINOv2")
     add("--classifier", type=Path, metavar="PATH", help="weights of the classifier of digits or cifar")
-    add("--num-samples", type=cli.positive_int, default=5000, help="samples of each setting")
-    add("--full-num-samples", type=cli.positive_int, default=50_000, help="samples of the best settings")
+    add("--num-samples", type=cli.number(int, 2), default=5000, help="samples of each setting")
+    add("--full-num-samples", type=cli.number(int, 2), default=50_000, help="samples of the best settings")
     add("--best", type=cli.natural_int, default=3, help="settings that are measured again with --full-num-samples")
     add("--global-seed", type=cli.natural_int, default=0, help="seed of labels and noise")
     add(

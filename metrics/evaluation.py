@@ -153,9 +153,8 @@ def warnings_about(
     """Lines about numbers that are computed and yet mean little."""
     lines = []
     sets = [(samples.count, "samples"), (reference.count, "reference images")]
-    for metric in metrics:
-        if metric not in ("fid", "fd-dinov2", "fd", "sfid"):
-            continue
+    distances = [metric for metric in metrics if metric in ("fid", "fd-dinov2", "fd", "sfid")]
+    for metric in distances:
         dimensions = extractor.spatial_dimensions if metric == "sfid" else extractor.dimensions
         few = [f"{count:,} {what}" for count, what in sets if count is not None and count <= dimensions]
         if few:
@@ -168,7 +167,7 @@ def warnings_about(
                 f"the limit of {metric} is read from {samples.pool_chunks[0].count:,} samples on, which cannot tell "
                 f"the covariance of {dimensions:,} features: it means little"
             )
-    if None not in (samples.count, reference.count) and samples.count != reference.count:
+    if distances and None not in (samples.count, reference.count) and samples.count != reference.count:
         lines.append(
             f"{samples.count:,} samples against {reference.count:,} reference images: distances fall as their numbers "
             "grow, so compare with those of the same numbers"

@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import start_script
 from PIL import Image
+from random_inception import write_random_inception
 
 import evaluate as command
 from evaluate import main
 from metrics.features import Pixels
+from runtime.errors import run_script
 
 SIZE = 4
 
@@ -148,22 +150,16 @@ def test_numbers_are_those_of_torch_fidelity(folder):
 def test_numbers_of_inception_are_those_of_torch_fidelity(folder, monkeypatch):
     from metrics import inception
 
-    torch.manual_seed(0)
-    network = inception.InceptionNetwork()
-    for name, tensor in network.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif name.endswith("running_mean") or "bn.bias" in name:
-            tensor.normal_(std=0.1)
-    weights = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
-    torch.save(weights, folder / "inception.pth")
     rng = np.random.default_rng(0)
     sides = [
         np.stack([np.asarray(Image.fromarray(small).resize((32, 32))) for small in images])
-        for images in (draw(24), np.roll(draw(20, seed=1), rng.integers(4), axis=1))
+        for images in (
+            rng.integers(0, high, (number, SIZE, SIZE, 3), np.uint8) for high, number in ((256, 14), (225, 12))
+        )
     ]
     for name, pixels in zip(("reference.npz", "samples.npz"), sides, strict=True):
         np.savez(folder / name, pixels)
+    write_random_inception(folder / "inception.pth")
     monkeypatch.setattr(inception, "SHA256", "")
     numbers = run(folder, "--inception", folder / "inception.pth", "--batch-size", 7, features="inception")
     found = by_torch_fidelity(
@@ -174,7 +170,7 @@ def test_numbers_of_inception_are_those_of_torch_fidelity(folder, monkeypatch):
     )
     agrees(numbers, found, "fid")
     assert numbers["metrics"]["sfid"]["value"] > 0
-    assert "20 samples and 24 reference images cannot tell the covariance of 2,048 features" in numbers["warnings"][0]
+    assert "12 samples and 14 reference images cannot tell the covariance of 2,048 features" in numbers["warnings"][0]
 
 
 # -- Inputs and processes ----------------------------------------------------------------------------------------
@@ -395,3 +391,24 @@ def test_image_that_is_damaged_leaves_nothing_half_written(folder, refuses):
     assert "3.png" in refused(folder, refuses, samples="pictures")
     assert "3.png" in refuses(main, "stats", folder / "pictures", folder / "stats.npz", "--features", "pixels")
     assert not list(folder.glob("*stats*"))
+
+
+def test_evaluation_that_is_interrupted_leaves_nothing(folder, monkeypatch):
+    """In the second of the two passes: the reference is kept whole, and there are no numbers."""
+    original, seen = Pixels.__call__, []
+
+    def interrupt(self, images):
+        seen.append(len(images))
+        if sum(seen) > 60:
+            raise KeyboardInterrupt
+        return original(self, images)
+
+    monkeypatch.setattr(Pixels, "__call__", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: run(folder, features="pixels"))
+    assert stopped.value.code == 130
+    assert not list(folder.glob("*numbers*"))
+    assert not list((folder / "cache").rglob(".*"))
+    monkeypatch.setattr(Pixels, "__call__", original)
+    expected = values_of(run(folder, "--cache", folder / "other", features="pixels"))
+    assert values_of(run(folder, features="pixels")) == expected

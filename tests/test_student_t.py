@@ -23,7 +23,6 @@ from transport import (
     SDE,
     ClassifierFreeGuidance,
     GaussianNoise,
-    Guidance,
     PatchSchedule,
     Sampler,
     StudentTNoise,
@@ -405,8 +404,9 @@ def test_sampling_refuses_an_sde_before_any_work(refuses, student_run: Path, tmp
 def test_sample_folders_know_d_and_those_of_gaussian_noise_are_as_before(student_run: Path, tiny_run: Path):
     def settings(run: Path) -> dict[str, object]:
         args = sample_ddp.build_parser().parse_args(["ODE", "--ckpt", str(run)])
-        pipe = Pipeline.load(run)
-        return sample_ddp.settings_of(sample_ddp.Job(args, pipe, ODE(), Guidance(), pipe.check()), "digest")
+        pipe, guidance = Pipeline.load(run), sample_ddp.cli.guidance_from(args)
+        job = sample_ddp.Job(args, pipe, ODE(), guidance, pipe.check(ODE(), guidance))
+        return sample_ddp.settings_of(job, "digest")
 
     assert settings(student_run)["aug_dim"] == 8.0
     assert not {"aug_dim", "time_sampling", "time_params"} & settings(tiny_run).keys()

@@ -187,6 +187,7 @@ def test_two_processes_measure_the_same(tiny_run: Path, tmp_path: Path) -> None:
         (["--intervals", "0.6"], "0.6 is neither LOW,HIGH nor none"),
         (["--solvers", "dopri5"], "invalid choice: 'dopri5'"),
         (["--features", "nothing"], "--features nothing is unknown"),
+        (["--num-samples", 1], "1 is not at least 2"),
         (["--dino", "weights.pt"], "--dino has no effect with --features pixels"),
         (["--cfg-channels", 4], "guidance of 4 channels"),
         (["--level-edges", 0.4], "--level-edges"),
