@@ -238,10 +238,12 @@ class GaussianInStudentNoise:
     averaged over g ~ chi2_D / D given x_t. The flow turns noise into N(m, S) whatever D is; in one dimension it keeps
     quantiles."""
 
-    def __init__(self, data: Gaussian, path: str, prediction: str, dof: float, num_levels: int = 1) -> None:
+    def __init__(
+        self, data: Gaussian, path: str, prediction: str, dof: float, num_levels: int = 1, nodes: int = 300
+    ) -> None:
         self.data, self.path, self.prediction, self.num_levels = data, path, prediction, num_levels
         law = stats.chi2(dof)  # the trapezoidal rule in log g
-        log_g = torch.linspace(math.log(law.ppf(1e-16)), math.log(law.isf(1e-16)), 300, dtype=torch.float64)
+        log_g = torch.linspace(math.log(law.ppf(1e-16)), math.log(law.isf(1e-16)), nodes, dtype=torch.float64)
         self.log_weight = (dof / 2 * log_g - log_g.exp() / 2)[:, None]  # (G, 1)
         self.g = (log_g.exp() / dof)[:, None, None]  # (G, 1, 1)
 

@@ -69,6 +69,10 @@ def test_exported_weights_compute_our_outputs(levels, layout):
     check_levels(model, weights)
 
 
+# What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times.
+UNTOLD = {"aug_dim": None, "time_sampling": "uniform", "time_params": None}
+
+
 def test_a_training_checkpoint_of_ppflow(tmp_path):
     """{"model", "ema", "opt", "args"} with args an argparse.Namespace."""
     last, ema = published_weights(2), published_weights(2)
@@ -96,9 +100,7 @@ def test_a_training_checkpoint_of_ppflow(tmp_path):
         "train_eps": None,
         "sample_eps": 1e-3,
         "level_edges": [0.5],
-        "aug_dim": None,
-        "time_sampling": "uniform",
-        "time_params": None,
+        **UNTOLD,
     }
     assert (pretrained.vae, pretrained.step) == ("stabilityai/sd-vae-ft-mse", 70)
     assert load_pretrained(saved({"ema": ema, "opt": None}, tmp_path / "lean.pt"), num_heads=HEADS).step == 0
@@ -278,7 +280,7 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
     read = {path: load_pretrained(path) for path in (light, back)}
     assert all(same_weights(found.model.state_dict(), model.state_dict()) for found in read.values())
     assert all(found.model.config == model.config for found in read.values())
-    assert (read[light].transport, read[light].vae, read[light].step) == (transport, "some/vae", 7)
+    assert (read[light].transport, read[light].vae, read[light].step) == ({**transport, **UNTOLD}, "some/vae", 7)
     flat = load_file(other) if suffix == ".safetensors" else torch.load(other, weights_only=True)
     assert same_weights(flat, export_state_dict(model, layout))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["7.pt", light.name, other.name, back.name])

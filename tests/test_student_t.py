@@ -12,6 +12,7 @@ from closed_form import DATA, EDGES, Gaussian, GaussianInStudentNoise, Network, 
 from conftest import TINY
 from scipy import stats
 
+import download
 import sample
 import sample_ddp
 import train
@@ -90,6 +91,23 @@ def test_the_same_seed_draws_the_same_picture_at_every_d_and_the_gaussian_one_at
         torch.testing.assert_close(x0, gaussian, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("generators", [None, seeded(), sample_generators(0, range(3))])
+def test_noise_goes_to_a_gpu_from_pinned_memory_in_one_copy(monkeypatch, generators):
+    """No GPU is needed: what is asked of torch is recorded."""
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+
+    def record(x: torch.Tensor, *args: object, **settings: object) -> torch.Tensor:
+        if args[0] == "cuda:0":
+            moved.append(settings)
+            return x
+        return to(x, *args, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    StudentTNoise(5.0).sample((3, 2), generators, "cuda:0")
+    assert moved == [{"non_blocking": True}]
+
+
 def test_a_uniform_number_of_zero_gives_noise_that_is_zero(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **settings: torch.zeros(*shape, dtype=torch.float64))
     assert StudentTNoise(5.0).sample((2, 3), seeded()).tolist() == [[0.0] * 3] * 2
@@ -152,17 +170,15 @@ def test_the_exact_network_is_what_training_asks_for(dof: float):
     """The posterior mean's error is uncorrelated with any function of x_t, under the noise that training draws."""
     transport, n = create_transport(aug_dim=dof), 40_000
     x1, x0 = ONE.sample(n, seed=1), transport.noise.sample((n, 1), seeded(2), dtype=torch.float64)
-    exact, gaussian = GaussianInStudentNoise(ONE, "Linear", "velocity", dof), Network(ONE, "Linear", "velocity")
+    exact = GaussianInStudentNoise(ONE, "Linear", "velocity", dof, nodes=60)
     for time in (0.2, 0.6):
         t = torch.full((n,), time, dtype=torch.float64)
         x = transport.path.interpolate(x0, x1, t)
-
-        def z_score(network: Callable[..., torch.Tensor], x: torch.Tensor = x, t: torch.Tensor = t) -> float:
-            product = (x1 - x0 - network(x, t)) * torch.tanh(5 * (gaussian(x, t) - exact(x, t)))
-            return (product.mean() / product.std() * n**0.5).abs().item()
-
-        assert z_score(exact) < 4
-        assert z_score(gaussian) > 5  # that of Gaussian noise is another network
+        velocity, of_gaussian_noise = exact(x, t), Network(ONE, "Linear", "velocity")(x, t)
+        for found, wrong in ((velocity, False), (of_gaussian_noise, True)):
+            product = (x1 - x0 - found) * torch.tanh(5 * (of_gaussian_noise - velocity))
+            z = (product.mean() / product.std() * n**0.5).abs()
+            assert z > 5 if wrong else z < 4
 
 
 @pytest.mark.parametrize("dof", [3.0, 128.0])
@@ -360,6 +376,14 @@ def test_the_checkpoint_tells_d_wherever_it_goes(student_run: Path, tmp_path: Pa
     )
     x1 = pipe.latents([1, 2], ODE(num_steps=4), seed=1)
     assert pipe.log_prob(x1, [1, 2], ODE(num_steps=4)).isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["sit", "ppflow"])
+def test_layouts_that_do_not_tell_d_are_refused(refuses, student_run: Path, tmp_path: Path, layout: str):
+    out = tmp_path / "weights.pt"
+    line = refuses(download.main, "convert", student_run, out, "--layout", layout)
+    assert f"D = 8 of PFGM++, which the layout of {layout} does not tell" in line
+    assert not out.exists()
 
 
 def test_weights_that_say_nothing_of_their_process_can_be_told_d(student_run: Path, tiny_run: Path, tmp_path: Path):

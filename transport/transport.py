@@ -284,25 +284,26 @@ def create_transport(
     train_eps: float | None = None,
     sample_eps: float | None = None,
     level_edges: Sequence[float] = (),
-    check_ends: bool = True,
     aug_dim: float | None = None,
     time_sampling: str = "uniform",
     time_params: Sequence[float] | None = None,
+    check_ends: bool = True,
 ) -> Transport:
     """Build a Transport from plain values.
 
     Args:
-        path_type:   "Linear", "GVP" or "VP"
-        prediction:  the network's output: "velocity", "noise", "score" or "data"
-        loss_weight: None (the prediction's own squared error), "velocity" or "likelihood"
-        train_eps:   distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 0 for
-                     velocity prediction (1e-3 with likelihood weights), else 1e-3
-        sample_eps:  the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
-        level_edges: interior times at which the level changes; () is a single level
-        check_ends:  refuse an eps that is too small; False for runs of earlier versions, which may have one and keep it
-        aug_dim:     D of PFGM++: x_0 is a Student-t with D degrees of freedom; None or infinity is Gaussian
+        path_type:     "Linear", "GVP" or "VP"
+        prediction:    the network's output: "velocity", "noise", "score" or "data"
+        loss_weight:   None (the prediction's own squared error), "velocity" or "likelihood"
+        train_eps:     distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 0 for
+                       velocity prediction (1e-3 with likelihood weights), else 1e-3
+        sample_eps:    the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
+        level_edges:   interior times at which the level changes; () is a single level
+        aug_dim:       D of PFGM++: x_0 is a Student-t with D degrees of freedom; None or infinity is Gaussian
         time_sampling: density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
-        time_params: mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
+        time_params:   mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
+        check_ends:    refuse an eps that is too small; False for runs of earlier versions, which may have one and
+                       keep it
 
     Raises:
         ValueError: if a name is unknown, an eps is not in [0, 0.5), the edges are not a schedule, or the loss at an end

@@ -162,6 +162,11 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
         content = {"ema": state, "config": config, "step": pretrained.step}
         metadata |= {"config": json.dumps(config), "step": str(pretrained.step)}
     else:
+        if pretrained.transport["aug_dim"] is not None:
+            raise ValueError(
+                f"{source} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
+                f"{layout} does not tell: take our own"
+            )
         content = state = export_state_dict(pretrained.model, layout)
     with complete_file(out) as temporary:
         if out.suffix == ".pt":
