@@ -219,6 +219,11 @@ class Pipeline:
         """Colour channels of the images."""
         return self.model.in_channels if self.autoencoder.name == "none" else 3
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an image."""
+        return (self.image_channels, *self.image_size)
+
     # -- Samples -------------------------------------------------------------------------------------------------
 
     def images(

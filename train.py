@@ -18,7 +18,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -32,10 +32,9 @@ from metrics.training import TrainingEvaluation
 from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
-from runtime.errors import UserError, run_script
+from runtime.errors import run_script
 from transport import ODE, Transport, create_transport
-from weights.layouts import initialize_levels
-from weights.pretrained import load_pretrained
+from weights.pretrained import initialize_from
 
 PREVIEW_COLUMNS = 8
 PREVIEW_STEPS = 25
@@ -146,13 +145,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
             lambda: run.continued_settings(vars(args), given, defaults, stored["config"]["args"], source), processes
         )
         args, notes = argparse.Namespace(**settings), notes + changes
-    if not args.data_path:
-        raise UserError(
-            "--data-path is missing: 'digits', a folder of class folders, a zip file, or latents; only a run that is "
-            "continued remembers its own",
-            everywhere=True,
-        )
-    cli.checked_evaluation_flags(args, given)
+    cli.check_complete(args, given)
 
     # Data, network and process
     speed.set_determinism(processes.device, args.deterministic)
@@ -163,14 +156,11 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     if stored:
         distributed.agree(lambda: run.check_data(stored["config"], config["data"], args.data_path), processes)
     elif args.initialize_from:
-        notes += distributed.agree(
-            lambda: initialize_levels(model, load_pretrained(args.initialize_from).model), processes
-        )
+        notes += distributed.agree(lambda: initialize_from(model, args.initialize_from), processes)
     evaluation = None
     if args.eval_every:
         source_of = args.eval_ref, args.eval_features, args.eval_weights, args.eval_num
-        pipe = Pipeline(model, transport, autoencoder)
-        shape = (pipe.image_channels, *pipe.image_size)
+        shape = Pipeline(model, transport, autoencoder).image_shape
         evaluation = TrainingEvaluation(*source_of, dataset.num_classes, shape, processes)
     folder_name = f"{args.model}-{args.path_type}-{args.prediction}"
     folder = distributed.on_main(lambda: run.make_run_dir(args.run_dir, args.results_dir, folder_name), processes)
@@ -190,15 +180,11 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     )
     if stored:
         parallel.load_optimizer(optimizer, stored["opt"])
-        for group in optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay
     loss = parallel.loss_module(model, transport)
 
     data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
+    notes += transport.rare_levels(args.global_batch_size)
     this_run.introduce(f"{args.model}: {model.describe()}", data, args.precision, notes)
-    expected = [args.global_batch_size * share for share in transport.level_probabilities()]
-    if rare := [f"{samples:.2g} of level {level}" for level, samples in enumerate(expected) if samples < 1]:
-        this_run.say(f"warning: a batch of {args.global_batch_size} has on average only {', '.join(rare)}")
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     return Training(
@@ -211,11 +197,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 
 
 def draw(t: Training, indices: torch.Tensor, y: torch.Tensor, stream: rng.Stream, **how: Any) -> torch.Tensor:
-    """EMA samples (n, C, H, W) with these numbers (n,) in a stream and class ids y (n,), on the CPU. Collective.
-
-    Args:
-        how: solver and guidance, as of Pipeline.images
-    """
+    """EMA samples (n, C, H, W) with these numbers and class ids, by a solver and guidance; on the CPU. Collective."""
     pipe = Pipeline(t.ema, t.transport, t.autoencoder)
     pipe.precision = t.args.precision
     generators = rng.sample_generators(t.args.global_seed, indices.tolist(), stream)
@@ -223,10 +205,7 @@ def draw(t: Training, indices: torch.Tensor, y: torch.Tensor, stream: rng.Stream
 
 
 def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | None:
-    """EMA samples (N, C, H, W), one row per class, made by all processes together; returned on the main one.
-
-    None there if it was interrupted.
-    """
+    """EMA samples (N, C, H, W), one row per class, on the main process; None if they are interrupted. Collective."""
     labels = torch.tensor(logs.shown_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
     how = {"solver": ODE(num_steps=PREVIEW_STEPS), "guidance": cli.guidance_from(t.args)}
     drawn: dict[int, torch.Tensor] = {}
@@ -248,7 +227,8 @@ def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | N
 # The training loop
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """This process's n samples of a step; x_t = alpha_t x_1 + sigma_t x_0, and the network predicts at (x_t, t, y)."""
 
     positions: range  # numbers of the samples in the run

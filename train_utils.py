@@ -256,13 +256,19 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def checked_evaluation_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse flags of an evaluation that lack one or have no effect (UserError).
+def check_complete(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse a start without data, and flags of an evaluation that lack one or have no effect (UserError).
 
     Args:
         args:  of this start, with what the run remembers
         given: names of the flags that were given
     """
+    if not args.data_path:
+        raise UserError(
+            "--data-path is missing: 'digits', a folder of class folders, a zip file, or latents; only a run that is "
+            "continued remembers its own",
+            everywhere=True,
+        )
     if args.eval_every and not args.eval_ref:
         raise UserError("--eval-every needs --eval-ref, statistics or images to compare with", everywhere=True)
     useless = sorted({"eval_num", "eval_ref", "eval_features", "eval_weights"} & given)

@@ -167,7 +167,7 @@ def full_state(state: Any, processes: Processes) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's full state, divided as its parameters are. Collective."""
+    """Load an optimizer's full state, divided as its parameters are; its own weight decay stays. Collective."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def divided(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
@@ -179,4 +179,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         index: {name: divided(tensor, parameters[index]) for name, tensor in tensors.items()}
         for index, tensors in state["state"].items()
     }
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict({**state, "state": moments})
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay

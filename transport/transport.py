@@ -185,6 +185,12 @@ class Transport:
         """Probability of each level in training: its share of the samples of a batch."""
         return probabilities(self.schedule.edges, self.density, self.path, self.train_interval)
 
+    def rare_levels(self, batch_size: int) -> list[str]:
+        """A line that names the levels of which a batch has less than one sample on average; none without such."""
+        expected = [batch_size * share for share in self.level_probabilities()]
+        rare = [f"{samples:.2g} of level {level}" for level, samples in enumerate(expected) if samples < 1]
+        return [f"a batch of {batch_size} has on average only {', '.join(rare)}"] if rare else []
+
     def training_losses(
         self,
         model: Model,

@@ -26,6 +26,7 @@ from weights.layouts import (
     export_state_dict,
     fields_from_shapes,
     import_state_dict,
+    initialize_levels,
     layout_of,
     load_own_state_dict,
     own_state_dict,
@@ -92,6 +93,11 @@ def load_pretrained(
     published = not Path(name_or_path).expanduser().exists()
     stated = frozenset(transport if published else transport.keys() & described.keys())
     return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated)
+
+
+def initialize_from(model: PyramidalPatchDiT, name_or_path: str | Path) -> list[str]:
+    """Start a model from trained weights; returns the lines of `initialize_levels`, raises as `load_pretrained`."""
+    return initialize_levels(model, load_pretrained(name_or_path).model)
 
 
 def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
