@@ -6,7 +6,7 @@ Trains the runs that are asked for and measures each with its averaged weights: 
 and class accuracy in a classifier's features, precision and recall, the velocity's error over t on images that no run
 has seen, and the jump of the velocity at a level's edge. Everything is resumable: a run, a measurement and the
 classifier are kept in --out, and the same command makes what is missing. The tables go to OUT/quality.md, the curves to
-OUT/quality.png. docs/quality.md has what was found.
+OUT/quality.png.
 """
 
 from __future__ import annotations
