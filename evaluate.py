@@ -68,7 +68,14 @@ def build_parser() -> cli.ArgumentParser:
     add = parser.add_argument
     add("reference", metavar="REF", type=cli.some_text, help="reference images, or statistics of them")
     add("samples", metavar="SAMPLES", type=cli.some_text, help="samples, likewise")
-    add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} (default: all possible)")
+    add(
+        "--metrics",
+        nargs="+",
+        type=str.lower,
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"{', '.join(METRICS)} (default: all possible)",
+    )
     add("--num-samples", type=cli.positive_int, help="take so many of the samples, at random (default: all)")
     add("--k", type=cli.positive_int, default=3, help="neighbours of precision and recall")
     add("--adm-half", action="store_true", help="round distances of precision and recall to fp16, as ADM does")
@@ -123,8 +130,7 @@ def check_writable(path: Path | None) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
             pass
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
@@ -195,7 +201,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Job:
     for side in sides:
         check_side(side, extractor)
     sizes = compare_sizes(*sides, extractor)
-    metrics, lines = choose_metrics(args.metrics, *sides, extractor)
+    metrics, lines = choose_metrics(args.metrics, *sides, extractor, args.k)
     cache = args.cache or cache_folder() / "statistics"
     return Job(*sides, extractor, metrics, indices, cache, [*lines, *([sizes] if sizes else [])])
 
@@ -288,7 +294,9 @@ def make_statistics(argv: Sequence[str]) -> None:
     def open_all() -> tuple[Side, Extractor]:
         if args.out.suffix != ".npz":
             raise ValueError(f"{args.out} does not end in .npz, by which others know such files")
-        side = Side(args.images, None, open_images(args.images))
+        side = open_side(args.images)
+        if side.statistics is not None:
+            raise ValueError(f"{args.images} holds statistics already: give the images themselves")
         return side, extractor_from(args, [side], processes.device)
 
     on_main(lambda: check_writable(args.out), processes)

@@ -14,6 +14,7 @@ and the same command continues a sweep that was interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -91,12 +92,15 @@ def an_interval(text: str) -> tuple[float, float] | None:
 
 def build_parser() -> cli.ArgumentParser:
     """The flags of sweep.py."""
-    parser = cli.ArgumentParser(prog="sweep.py", description="Find the guidance scale of each level, and its interval.")
+    parser = cli.ArgumentParser(
+        prog="sweep.py",
+        description="Find the guidance scale of each level and its interval, among solvers, steps and level edges.",
+    )
     parser.add_argument("reference", metavar="REF", help="images or statistics to compare with, as for evaluate.py")
     add = parser.add_argument_group("search").add_argument
     add(
         "--scales",
-        type=cli.finite_float,
+        type=cli.natural_float,
         nargs="+",
         action="append",
         metavar="W",
@@ -157,7 +161,7 @@ def build_parser() -> cli.ArgumentParser:
         help="labels: uniformly random, or all classes equally often",
     )
     add("--per-proc-batch-size", type=cli.positive_int, default=64, help="samples a process solves together")
-    add("--out", type=cli.some_text, default="results/sweep", help="folder of the results")
+    add("--out", type=cli.some_text, help="folder of the results (default: results/sweep-MODEL-STEP)")
     cli.add_network_args(parser)
     parser.set_defaults(level_edges=None, cfg_scales=None, cfg_interval=None)  # a setting's, and not flags here
     return parser
@@ -299,9 +303,8 @@ def report(job: Job, results: Results, out: Path) -> None:
         with complete_file(out / "table.md") as temporary:
             temporary.write_text(text)
         plot(out / "pareto.png", name, args.num_samples, found)
-    print(
-        f"\n{text}\n{out / 'table.md'} and {out / 'pareto.png'} hold all settings. The best one, from another seed:\n"
-    )
+    print(f"\n{text}\n{out / 'table.md'} and {out / 'pareto.png'} hold the settings of this sweep.")
+    print("The best one, from another seed:\n")
     print(sampling_command(args, best.setting, job.pipe.transport.schedule.level_edges))
 
 
@@ -404,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = start_processes()
     check_same_flags(vars(args), processes, but={"ckpt", "vae", "reference", "out", *WEIGHTS.values()})
     job, space, digest = agree(lambda: set_up(args, processes), processes)
-    out = Path(args.out)
+    out = Path(args.out or f"results/sweep-{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}")
 
     def open_results() -> Results:
         with writing(out):
@@ -421,7 +424,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     search(Sweep(job, distance, results, out / "states" / key), space)
     if processes.is_main:
         report(job, results, out)
-    shutil.rmtree(out / "states", ignore_errors=True)
+    shutil.rmtree(out / "states" / key, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another sweep has states there, or there were none
+        (out / "states").rmdir()
 
 
 if __name__ == "__main__":

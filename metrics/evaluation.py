@@ -28,12 +28,13 @@ def distance_name(extractor: Extractor) -> str:
 
 
 def choose_metrics(
-    asked: Collection[str] | None, reference: Side, samples: Side, extractor: Extractor
+    asked: Collection[str] | None, reference: Side, samples: Side, extractor: Extractor, k: int = 3
 ) -> tuple[list[str], list[str]]:
     """The metrics to compute, and a line about each that the inputs do not allow.
 
     Args:
         asked: names among METRICS; None for all that are possible
+        k:     neighbours of precision and recall
 
     Raises:
         ValueError: if the extractor has not what a metric needs, or no metric is left.
@@ -46,7 +47,7 @@ def choose_metrics(
         if reason := _lacks(metric, extractor):
             if asked is not None:
                 raise ValueError(f"--metrics {metric}: {reason}")
-        elif reason := _misses(metric, reference, samples, extractor):
+        elif reason := _misses(metric, reference, samples, extractor, k):
             lines.append(f"no {metric}: {reason}")
         else:
             chosen.append(metric)
@@ -68,13 +69,15 @@ def _lacks(metric: str, extractor: Extractor) -> str | None:
     return None
 
 
-def _misses(metric: str, reference: Side, samples: Side, extractor: Extractor) -> str | None:
+def _misses(metric: str, reference: Side, samples: Side, extractor: Extractor, k: int) -> str | None:
     """The reason why the two sides do not allow a metric; None if they do."""
     for side in (reference, samples):
         if metric == "sfid" and side.statistics is not None and side.statistics.spatial_mean is None:
             return f"{side.source} has no mu_s and sigma_s"
         if metric == "prc" and side.images is None:
             return f"{side.source} has no images (arr_0)"
+        if metric == "prc" and len(side.images) <= k:
+            return f"{side.source} has {len(side.images)} images, and {k} neighbours take {k + 1} or more"
     if metric in ("is", "accuracy") and samples.images is None:
         return f"{samples.source} has no images (arr_0)"
     if metric == "accuracy":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -62,8 +63,9 @@ class TrainingEvaluation:
             try:
                 self.extractor = load_extractor(features, tuple(image_size), processes.device, weights)
             except (OSError, ValueError) as error:
+                reason = re.sub(r"--(inception|dino|classifier)\b", "--eval-weights", str(error))
                 raise ValueError(
-                    f"--eval-features {features}: {error} (the file's flag here is --eval-weights)"
+                    f"--eval-features {features}: {reason.replace('--features', '--eval-features')}"
                 ) from error
             check_side(self.side, self.extractor)
             found = None if self.side.images is None else self.side.images.image_size

@@ -124,7 +124,8 @@ class RunLog:
         axes = figure.subplots()
         for key, points in curves.items():
             if points:
-                style = {"linewidth": 2 if key == "loss" else 1, "marker": None if key.startswith("loss") else "."}
+                marked = len(points) == 1 or not key.startswith("loss")
+                style = {"linewidth": 2 if key == "loss" else 1, "marker": "." if marked else None}
                 axes.plot(*zip(*points, strict=True), label=labels[key], **style)
         axes.set(xlabel="step", ylabel=ylabel, yscale="log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

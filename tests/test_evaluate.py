@@ -341,9 +341,20 @@ def test_bad_input_is_refused_in_one_line(folder, refuses):
         "objects.npz": "objects",
         "large.npz": "images of 4x4 and",
         "moments.npz": "count as Inception's",
-        "three.npz": "take 4 images or more",
     }.items():
         assert words in refused(folder, refuses, samples=name), name
+    assert "3 neighbours take 4 or more" in refused(folder, refuses, "--metrics", "PRC", samples="three.npz")
+
+
+def test_a_refused_command_leaves_no_folder(folder, refuses):
+    refused(folder, refuses, "--json", folder / "new" / "numbers.json", samples="nowhere")
+    assert not (folder / "new").exists()
+
+
+def test_statistics_of_statistics_are_refused(folder, refuses):
+    main(["stats", str(folder / "samples.npz"), str(folder / "stats.npz"), "--features", "pixels"])
+    line = refuses(main, "stats", folder / "stats.npz", folder / "again.npz", "--features", "pixels")
+    assert "holds statistics already" in line
 
 
 def test_flags_without_effect_are_refused(folder, refuses):

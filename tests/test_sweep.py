@@ -182,6 +182,7 @@ def test_two_processes_measure_the_same(tiny_run: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--scales", 1, "--scales", 2, "--scales", 3], "--scales is given"),
+        (["--scales", -1], "-1 is not at least 0"),
         (["--edges", "0.5,0.7"], "the model has 2 level(s) but the schedule 3"),
         (["--steps", 1], "1 step(s) cannot cover 2 interval(s)"),
         (["--intervals", "0.6"], "0.6 is neither LOW,HIGH nor none"),

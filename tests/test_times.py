@@ -124,3 +124,8 @@ def test_wrong_densities_are_refused(sampling: str, params: tuple[float, ...] | 
         density_of(sampling, params)
     with pytest.raises(ValueError, match=message):
         create_transport(time_sampling=sampling, time_params=params)
+
+
+def test_densities_at_one_end_alone_are_refused():
+    with pytest.raises(ValueError, match="put nearly all times at t = 1"):
+        create_transport(time_sampling="logit-normal", time_params=(900.0, 1.0))

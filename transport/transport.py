@@ -331,6 +331,10 @@ def create_transport(
     if density is not None and loss_weight == "likelihood":
         raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
     transport = Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule, noise, density)
+    if density is not None:
+        low, high = times_of(torch.tensor([0.05, 0.95]), density, transport.path, transport.train_interval).tolist()
+        if low == high:
+            raise ValueError(f"time_params {list(time_params)} put nearly all times at t = {low:g}: give a mean near 0")
     if check_ends and (reason := transport.training_singularity() or transport.sampling_singularity()):
         raise ValueError(reason)
     return transport
