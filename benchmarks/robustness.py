@@ -42,7 +42,7 @@ BATCH = 250  # samples solved together
 
 
 class Disturbance(NamedTuple):
-    """What is done to a set of samples: noise before every step, another number of steps, weights of few bits."""
+    """A way to disturb sampling: noise before every step, another number of steps, or weights of few bits."""
 
     alpha: float = 0.0
     steps: int = STEPS
