@@ -123,7 +123,7 @@ def descend(start: Setting, directions: Sequence[Callable[[Setting], list[Settin
 
 
 def pareto_front(costs: Sequence[float], distances: Sequence[float]) -> list[int]:
-    """Numbers of the points to which no other is preferable in both, by ascending cost."""
+    """Numbers of the points that no other beats in both, by ascending cost."""
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda index: (costs[index], distances[index])):
         if math.isfinite(distances[index]) and (not front or distances[index] < distances[front[-1]]):
@@ -238,7 +238,7 @@ def table(name: str, num: int, results: Sequence[Result], full_num: int, refined
 
 
 def plot(path: Path, name: str, num: int, results: Sequence[Result]) -> None:
-    """Draw distances against GMACs per image, with the front of those to which none is preferable."""
+    """Draw distances against GMACs per image, and the front: settings that no other beats in both."""
     from matplotlib.figure import Figure  # slow to import
 
     results = [result for result in results if math.isfinite(result.distance)]
@@ -259,6 +259,6 @@ def plot(path: Path, name: str, num: int, results: Sequence[Result]) -> None:
             which(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", fontsize=8, title="no other is both cheaper and nearer", title_fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, title="best distance for its cost", title_fontsize=8)
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

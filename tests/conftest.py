@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the tests marked gpu; the others do not see them
 os.environ.update(ENVIRONMENT)
+
+import torch  # noqa: E402
 
 import train  # noqa: E402
 
@@ -67,6 +69,15 @@ def start_script(
         environment.update({} if DEVICES is None else {"CUDA_VISIBLE_DEVICES": DEVICES})
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread: with small tensors on a busy machine a second one costs time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import pytest
@@ -45,13 +45,7 @@ EVERY_WAY = [*product(ODE_METHODS, [False]), *product(EVERY_ODE, [True])]  # met
 EVERY_NETWORK = [*product(PATH_NAMES, QUANTITIES, EDGES)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread: with small tensors on a busy machine a second one costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

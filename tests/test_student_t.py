@@ -1,7 +1,7 @@
 """PFGM++: the process with Student-t noise, against closed forms that are exact at finite D."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -33,13 +33,7 @@ from weights.pretrained import convert, load_pretrained
 ONE = Gaussian([0.3], [0.25])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread: with small tensors on a busy machine a second one costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -63,7 +63,10 @@ def density_of(time_sampling: str, time_params: Sequence[float] | None = None) -
         raise ValueError(f"unknown time sampling {time_sampling!r}; choose one of {', '.join(TIME_SAMPLINGS)}")
     if time_sampling != "logit-normal":
         if time_params is not None:
-            raise ValueError(f"time_params are those of logit-normal times: leave them out for {time_sampling} ones")
+            raise ValueError(
+                f"time_params are those of logit-normal times: leave them out for {time_sampling} ones, or give "
+                "time_sampling logit-normal"
+            )
         return CosMap() if time_sampling == "cosmap" else None
     if time_params is None:
         return LogitNormal()

@@ -349,7 +349,7 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         weights[classes] = torch.cat([own, weights[classes][-1:]])
         notes.append(
             f"the weights are of {source.num_classes} classes, and the model has {model.num_classes}: the label table "
-            "is new, but for the row of the null label"
+            "is new, except for the row of the null label"
         )
     for level, patch in enumerate(model.patch_sizes):
         origin = _origin(patch, source.patch_sizes)
