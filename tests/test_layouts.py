@@ -42,6 +42,7 @@ def test_published_files_compute_the_published_outputs(levels, channels, out, su
     torch.save(weights, path) if suffix == ".pt" else save_file(weights, path)
     pretrained = load_pretrained(path, num_heads=HEADS)
     assert pretrained.model.config == {
+        **PyramidalPatchDiT().config,
         "input_size": [16, 16],
         "patch_sizes": [list(size) for size in PATCHES[levels]],
         "in_channels": channels,
@@ -167,14 +168,15 @@ def test_the_number_of_heads_is_the_registrys_or_a_64th_of_the_width(tmp_path):
         fields_from_shapes(export_state_dict(model, "ppflow"), "a.pt")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("PPF") or name.endswith("/2")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("PPF-") or name.endswith("/2")])
 def test_every_registered_size_is_recognised(name):
     with torch.device("meta"):
         model = create_model(name)
-        weights = export_state_dict(model, "sit" if name.startswith("SiT") else "ppflow")
+        layout = {"SiT": "sit", "PPF": "ppflow", "FiT": "fit"}[name[:3]]
+        weights = export_state_dict(model, layout)
         again = PyramidalPatchDiT(**fields_from_shapes(weights, name))
     assert again.config == model.config
-    assert registry_name(again) == name
+    assert registry_name(again) == registry_name(model) == name
 
 
 def test_models_that_are_not_registered_are_described(tmp_path):

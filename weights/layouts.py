@@ -1,10 +1,12 @@
-"""Layouts of weights in files (this program's, SiT's, PPFlow's), and initialisation of one set of levels from another.
+"""Layouts of weights in files (ours, SiT's, PPFlow's), and initialisation of one set of levels from another.
 
     part                  ours                         SiT and PPFlow
     patch embedding       x_embedder.L, a linear       x_embedder.proj{1,2,}, a convolution after space-to-depth
     head                  final_layer.linear.L         final_layer.linear{1,2,}, its channels in space-to-depth order
     positions             computed                     pos_embed in SiT, pos_embed.L in PPFlow
     everything else       under the same name          (PPFlow alone has level_embedder)
+
+FiT's layout is in weights/fit.py.
 
 PPFlow's patches are (a, b) convolution kernels on an image of which (fy, fx) neighbouring pixels became channels, so
 its levels have (a fy, b fx) patches. Channel c of the image became the channels (c, dy, dx), c slowest. The finest
@@ -16,18 +18,29 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from models import MODELS, SIZES, PyramidalPatchDiT
+from models import MODELS, PyramidalPatchDiT
 from runtime.files import check_tensors
+from weights.fit import export_to_fit, fields_from_fit, import_from_fit
+from weights.shapes import Shapes
 
 Weights = dict[str, torch.Tensor]
 
-LAYOUTS = ("ours", "ppflow", "sit")
+LAYOUTS = ("ours", "ppflow", "sit", "fit")
+
+# What the registry's models have where they do not say otherwise.
+DITS_BLOCK = {
+    "mlp_ratio": 4,
+    "position": "sincos",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "adaln_rank": None,
+    "time_input": "t",
+}
 
 # By number of levels: suffixes of the levels' tensor names, and their space-to-depth factors (fy, fx).
 SUFFIXES = {1: ("",), 2: ("1", ""), 3: ("1", "2", "")}
@@ -47,12 +60,14 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
     names = list(weights)
     if any(name.startswith("x_embedder.") and name.split(".")[1].isdigit() for name in names):
         return "ours"
+    if any(re.match(r"blocks\.\d+\.mlp\.fc1_[gx]\.", name) for name in names):
+        return "fit"
     if any(name.startswith(("level_embedder.", "x_embedder.proj1.", "final_layer.linear1.")) for name in names):
         return "ppflow"
     if any(name.startswith(("x_embedder.proj.", "final_layer.linear.")) for name in names):
         return "sit"
     first = ", ".join(names[:3]) if names else "nothing"
-    raise ValueError(f"{source} has no known layout (ours, PPFlow's or SiT's): it begins with {first}")
+    raise ValueError(f"{source} has no known layout (ours, PPFlow's, SiT's or FiT's): it begins with {first}")
 
 
 def _position_names(num_levels: int) -> list[str]:
@@ -65,11 +80,10 @@ def _position_names(num_levels: int) -> list[str]:
 
 
 def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overrides: Any) -> dict[str, Any]:
-    """The arguments of PyramidalPatchDiT that weights in SiT's or PPFlow's layout were made with.
+    """The arguments of PyramidalPatchDiT that weights in SiT's, PPFlow's or FiT's layout were made with.
 
-    Where several tensors give a number, the majority decides, so that loading later names the wrong one. No shape
-    gives the number of heads: it is that of the registry's size of this width, else hidden_size / 64. The input is
-    assumed to be square.
+    No shape gives the number of heads: it is that of the registry's size of this width, else hidden_size / 64. The
+    input is assumed to be square.
 
     Args:
         weights:   tensors by name; only their shapes matter
@@ -79,21 +93,13 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
     Raises:
         ValueError: if the shapes do not determine the arguments, or contradict each other.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-    def sizes(names: str, axis: int = 0) -> list[int]:
-        """The lengths of an axis, of all tensors whose name matches."""
-        return [shape[axis] for name, shape in shapes.items() if re.fullmatch(names, name) and axis < len(shape)]
-
-    def most(values: Iterable[Any], what: str) -> Any:
-        """The value that most tensors agree on."""
-        counts = Counter(values).most_common(1)
-        if not counts:
-            raise ValueError(f"{source} is incomplete: no tensor tells {what}")
-        return counts[0][0]
-
+    layout = layout_of(weights, source)
+    if layout == "fit":
+        return fields_from_fit(weights, source, **overrides)
+    shapes = Shapes(weights, source)
+    sizes, most = shapes.sizes, shapes.most
     levels = 1
-    if layout_of(weights, source) == "ppflow":
+    if layout == "ppflow":
         parts = [
             rf"{part}[12]?\.{end}" for part in ("x_embedder.proj", "final_layer.linear") for end in ("weight", "bias")
         ]
@@ -103,23 +109,20 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
             raise ValueError(f"{source} is damaged: PPFlow has 2 or 3 levels, not {levels}")
     kernels, heads, tokens = [], [], []  # (channels, a, b); output channels; tokens of the finest level
     for suffix, factor, positions in zip(SUFFIXES[levels], FACTORS[levels], _position_names(levels), strict=True):
-        kernel = shapes.get(f"x_embedder.proj{suffix}.weight", ())
+        kernel = shapes.of.get(f"x_embedder.proj{suffix}.weight", ())
         kernels += [(kernel[1] // math.prod(factor), *kernel[2:])] if len(kernel) == 4 else []
         heads += [rows // math.prod(factor) for rows in sizes(rf"final_layer\.linear{suffix}\.(weight|bias)")]
         tokens += [count * math.prod(factor) for count in sizes(re.escape(positions), axis=1)]
     channels, a, b = most(kernels, "the patch size (x_embedder.proj.weight)")
-    hidden = most(sizes(r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\.bias|t_embedder\.mlp\.\d\.bias"), "the width")
+    hidden = shapes.hidden_size()
     inner = sizes(r"blocks\.\d+\.mlp\.fc1\.(weight|bias)") + sizes(r"blocks\.\d+\.mlp\.fc2\.weight", axis=1)
     fields = {
         "patch_sizes": [[a * fy, b * fx] for fy, fx in FACTORS[levels]],
         "in_channels": channels,
         "hidden_size": hidden,
-        "depth": 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)),
+        "depth": shapes.depth(),
         "mlp_ratio": most(inner, "the width of the MLP") / hidden,
-        "num_classes": most(
-            sizes(r"y_embedder\.embedding_table\.weight"), "the number of classes (y_embedder.embedding_table.weight)"
-        )
-        - 1,
+        "num_classes": shapes.num_classes(),
     }
     outs = [rows // (a * b) for rows in heads]
     out_channels = most([out for out in outs if out in (channels, 2 * channels)] or outs, "the output channels")
@@ -130,10 +133,7 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
         )
     fields["learn_sigma"] = out_channels == 2 * channels
     if "num_heads" not in overrides:
-        known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-        if hidden not in known and hidden % 64:
-            raise ValueError(f"{source} is {hidden} wide, which does not tell the number of heads: give num_heads")
-        fields["num_heads"] = known.get(hidden, hidden // 64)
+        fields["num_heads"] = shapes.num_heads()
     if "input_size" not in overrides:
         squares = [count for count in tokens if math.isqrt(count) ** 2 == count]
         count = most(squares or tokens, "the input size (pos_embed), give input_size")
@@ -148,7 +148,7 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
 def registry_name(model: PyramidalPatchDiT) -> str | None:
     """The name in MODELS with the model's sizes; input size, channels and classes may differ."""
     for name, fields in MODELS.items():
-        if model.mlp_ratio == 4 and all(getattr(model, field) == value for field, value in fields.items()):
+        if all(getattr(model, field) == value for field, value in {**DITS_BLOCK, **fields}.items()):
             return name
     return None
 
@@ -192,16 +192,21 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
 
     Args:
         model:  any device and dtype, meta too
-        layout: "sit" for a single level, "ppflow" for (2a, 2b), (a, b) or (2a, 2b), (a, 2b), (a, b) patches
+        layout: "sit" for a single level, "ppflow" for (2a, 2b), (a, b) or (2a, 2b), (a, 2b), (a, b) patches; "fit" for
+                FiT's and FiTv2's, which have no pos_embed
 
     Raises:
         ValueError: if that repository has no such model.
     """
+    if layout == "fit":
+        return export_to_fit(model)
     patches = model.patch_sizes
     a, b = patches[-1]
     fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
     if layout not in fits:
-        raise ValueError(f"unknown layout {layout!r}: choose sit or ppflow")
+        raise ValueError(f"unknown layout {layout!r}: choose sit, ppflow or fit")
+    if model.position != "sincos" or model.mlp != "gelu" or model.qk_norm or model.adaln_rank is not None:
+        raise ValueError(f"the {layout} layout has no model with rotary positions, or with parts of FiT's block")
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
@@ -221,7 +226,7 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
 def import_state_dict(
     model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
-    """Load weights of SiT's or PPFlow's layout, positions included, into a model of their shape.
+    """Load weights of SiT's, PPFlow's or FiT's layout, positions included, into a model of their shape.
 
     Args:
         other_size: the model's input size is not read from the file, which may have other positions or none
@@ -229,6 +234,9 @@ def import_state_dict(
     Raises:
         ValueError: naming the tensor that is missing, unknown, of another shape, or no sine-cosine table.
     """
+    if layout_of(weights, source) == "fit":
+        import_from_fit(model, weights, source)
+        return
     names = _position_names(model.num_levels)
     with torch.device("meta"):
         wanted = export_state_dict(PyramidalPatchDiT(**model.config), "sit" if model.num_levels == 1 else "ppflow")
@@ -267,7 +275,7 @@ def _set_positions(model: PyramidalPatchDiT, level: int, table: torch.Tensor, wh
 def own_state_dict(model: PyramidalPatchDiT) -> Weights:
     """The state dict, with pos_embed_L for each level whose positions came from a file and differ from the computed."""
     weights = model.state_dict()
-    for level in range(model.num_levels):
+    for level in range(model.num_levels if model.position == "sincos" else 0):
         buffer = getattr(model, f"pos_embed_{level}")
         if not torch.equal(buffer, model.position_embedding(level).to(buffer)):
             weights[f"pos_embed_{level}"] = buffer
@@ -287,7 +295,7 @@ def load_own_state_dict(
     model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
     """Load the result of `own_state_dict`; arguments and errors as in `import_state_dict`."""
-    names = {f"pos_embed_{level}": level for level in range(model.num_levels)}
+    names = {f"pos_embed_{level}": level for level in range(model.num_levels)} if model.position == "sincos" else {}
     parameters = {name: tensor for name, tensor in weights.items() if name not in names}
     check_tensors(parameters, model.state_dict(), source)
     model.load_state_dict(parameters)
@@ -321,8 +329,8 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         a line about the class table if it is not the source's, for the log; otherwise nothing.
 
     Raises:
-        ValueError: if an argument differs besides patch_sizes, input_size, num_classes and learn_sigma, or if no patch
-                    divides.
+        ValueError: if an argument differs besides patch_sizes, input_size, train_tokens, num_classes and learn_sigma,
+                    or if no patch divides.
     """
     here, there = (
         {
@@ -330,7 +338,13 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             "hidden_size": net.hidden_size,
             "depth": net.depth,
             "num_heads": net.num_heads,
-            "width of the MLP": net.blocks[0].mlp.fc1.out_features,
+            "mlp": net.mlp,
+            "width of the MLP": net.blocks[0].mlp.fc2.in_features,
+            "position": net.position,
+            "rope_theta": net.rope_theta,
+            "qk_norm": net.qk_norm,
+            "adaln_rank": net.adaln_rank,
+            "time_input": net.time_input,
         }
         for net in (model, source)
     )
