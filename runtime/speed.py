@@ -148,10 +148,10 @@ class _CompiledBlock:
         # A rotation of one row is that of all samples: it stays as it is.
         inputs.append([x if x is None or x.shape[0] == 1 else _padded(x) for x in rotations])
         for tensor in (tensor for tensors in inputs for tensor in tensors if tensor is not None):
-            dynamic = 0 if tensor.shape[0] >= MIN_SAMPLES else ()
-            torch._dynamo.mark_dynamic(tensor, dynamic)
+            if tensor.shape[0] >= MIN_SAMPLES:
+                torch._dynamo.mark_dynamic(tensor, 0)
             # A graph for every number of tokens would be several times slower in bf16.
-            torch._dynamo.mark_static(tensor, range(1, tensor.ndim))
+            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
         start = time.perf_counter()
         try:
             outputs = self.compiled(block, *inputs)
