@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from models import FIT, FIT_V2, PyramidalPatchDiT
+from positions import RopeScaling
 from runtime.files import check_tensors
 from weights.shapes import Shapes
 
@@ -31,7 +32,10 @@ def fields_from_fit(weights: Mapping[str, torch.Tensor], source: str, **override
     shapes = Shapes(weights, source)
     hidden, second = shapes.hidden_size(), any(name.startswith("global_adaLN_modulation.") for name in weights)
     features = shapes.most(shapes.sizes(r"x_embedder\.proj\.weight", axis=1), f"the channels ({EMBEDDING}.weight)")
-    rows = shapes.most(shapes.sizes(r"final_layer\.linear\.(weight|bias)"), f"the output channels ({HEAD}.weight)")
+    heads = shapes.sizes(r"final_layer\.linear\.(weight|bias)")
+    rows = shapes.most(
+        [rows for rows in heads if rows in (features, 2 * features)] or heads, f"the output channels ({HEAD}.weight)"
+    )
     inner = shapes.sizes(r"blocks\.\d+\.mlp\.fc1_[gx]\.(weight|bias)") + shapes.sizes(
         r"blocks\.\d+\.mlp\.fc2\.weight", axis=1
     )
@@ -55,6 +59,14 @@ def fields_from_fit(weights: Mapping[str, torch.Tensor], source: str, **override
     if "num_heads" not in overrides:
         fields["num_heads"] = shapes.num_heads()
     return {**fields, **overrides}
+
+
+def authors_scaling(model: PyramidalPatchDiT) -> RopeScaling:
+    """The scaling of rotary positions that the papers recommend: for FiT VisionNTK, for FiTv2 with attention scale.
+
+    The weights that were trained on 512x512 images want FiT's as well, and no tensor tells which they are.
+    """
+    return RopeScaling("ntk") if model.time_input == "ddpm" else RopeScaling("auto", attention_scale="fit2")
 
 
 def _by_channel(rows: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,13 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
     raise ValueError(f"{source} has no known layout (ours, PPFlow's, SiT's or FiT's): it begins with {first}")
 
 
+def foreign_layout(model: PyramidalPatchDiT) -> str:
+    """The layout of the repository that has such models."""
+    if model.position == "rope":
+        return "fit"
+    return "sit" if model.num_levels == 1 else "ppflow"
+
+
 def _position_names(num_levels: int) -> list[str]:
     """SiT's and PPFlow's tensor names of a model's positions."""
     return ["pos_embed"] if num_levels == 1 else [f"pos_embed.{level}" for level in range(num_levels)]
@@ -239,7 +246,7 @@ def import_state_dict(
         return
     names = _position_names(model.num_levels)
     with torch.device("meta"):
-        wanted = export_state_dict(PyramidalPatchDiT(**model.config), "sit" if model.num_levels == 1 else "ppflow")
+        wanted = export_state_dict(PyramidalPatchDiT(**model.config), foreign_layout(model))
     ignored = set(names) if other_size else set()
     found, expected = (
         {name: tensor for name, tensor in tensors.items() if name not in ignored} for tensors in (weights, wanted)
