@@ -14,7 +14,7 @@ from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from positions import RopeScaling
 from train_utils import INTERPOLATIONS as FLAGS
-from transport import create_transport
+from transport import ODE, create_transport
 from transport.paths import PATHS
 from weights.layouts import export_state_dict, fields_from_shapes, initialize_levels, layout_of
 from weights.pretrained import convert, load_pretrained
@@ -134,6 +134,20 @@ def test_any_width_of_the_mlp_is_read(width, inner):
     weights |= {f"t_embedder.mlp.{layer}.bias": torch.zeros(width) for layer in (0, 2)}
     fields = fields_from_shapes(weights, "a.bin", num_heads=1)
     assert int(fields["hidden_size"] * fields["mlp_ratio"]) == inner
+
+
+def test_samples_come_from_the_files_own_process(version, tmp_path):
+    """FiT's follows the VP path and predicts noise; its first step is known in closed form."""
+    pipe = Pipeline.load(saved(fit_weights(version), tmp_path / "a.bin"), num_heads=HEADS)
+    x0, _, y = inputs((4, 6))
+    found = pipe.latents(y, ODE("euler", 1), x0=x0)
+    start, stop = pipe.transport.sample_interval
+    c = pipe.transport.path.coefficients(torch.tensor([start, stop], dtype=torch.float64))
+    (alpha, end), (sigma, _), (d_alpha, _), (d_sigma, _) = (values.tolist() for values in c)
+    x, t = sigma * x0, torch.full((2,), start)
+    out = fit_forward(fit_weights(version), x, network_time(version, t), y)
+    velocity = out if version == 2 else d_alpha * (x - sigma * out) / alpha + d_sigma * out
+    torch.testing.assert_close(found, (x + (stop - start) * velocity) / end, atol=1e-3, rtol=1e-3)
 
 
 # -- Files that are wrong --------------------------------------------------------------------------------------------
