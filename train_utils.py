@@ -151,7 +151,12 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
         type=some_text,
         help="'digits', a folder of class folders, a zip file, or latents (default: that of the run that is continued)",
     )
-    add("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2")
+    add(
+        "--model",
+        default="PPF-XL-2",
+        help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2; with rotary positions PPFiT-{T,S,B,XL}-{2,3}, "
+        "FiT-{B,L,XL}/2, FiTv2-{B,XL,3B}/2",
+    )
     add("--patch-level", type=positive_int, help="number of levels, checked against --model's")
     add("--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)")
     add("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
