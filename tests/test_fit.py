@@ -192,6 +192,15 @@ def test_the_tokens_of_training_are_those_of_the_first_size():
     assert PyramidalPatchDiT(**{**PYRAMID, "train_tokens": 100}).train_tokens == 100
 
 
+def test_coarse_tokens_are_placed_on_the_fine_grid():
+    model = PyramidalPatchDiT(**PYRAMID)
+    x = torch.zeros(1, 3, 8, 8)
+    coarse, fine = model.rotation(x, 0), model.rotation(x, 2)
+    corners = fine.unflatten(2, (4, 4))[:, :, ::2, ::2].flatten(2, 3)
+    assert torch.equal(coarse, corners)
+    assert coarse[0, 0, 2, 0].item() == pytest.approx(math.cos(2), rel=1e-6)  # the second row is two fine tokens down
+
+
 # -- Groups of mixed sizes -----------------------------------------------------------------------------------------
 
 # 8x12 and 12x8 have the same number of tokens at levels of square patches: they share attention calls.
@@ -284,6 +293,16 @@ def test_the_sum_over_blocks_stays_in_fp32_under_autocast():
         assert model.tokens(inputs[0], 2).dtype == torch.float32
     assert (out.dtype, seen) == (torch.float32, [torch.float32])
     assert 1e-4 < (out - exact).norm() / exact.norm() < 0.1  # it was used, and does no harm
+
+
+def test_blocks_that_are_stored_in_bf16_compute_what_autocast_makes_of_them():
+    model = random_model(PYRAMID, torch.float32)
+    groups, levels = [group((8, 12), dtype=torch.float32), group((12, 8), dtype=torch.float32)], [2, 2]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*zip(*groups, strict=True), level=levels)
+        model.blocks.bfloat16()
+        found = model(*zip(*groups, strict=True), level=levels)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -388,13 +407,3 @@ def test_sine_cosine_positions_know_one_size_alone():
     assert model.input_size_of((64, 64), 8) == (8, 8)
     with pytest.raises(ValueError, match="knows 64x64 alone, not 64x96: its positions are sine-cosine"):
         model.input_size_of((64, 96), 8)
-
-
-def test_half_a_level_is_closer_than_the_other_position_units():
-    """Coarse positions in fine tokens: the distance of two coarse tokens is that of the fine ones at their corners."""
-    model = PyramidalPatchDiT(**PYRAMID)
-    x = torch.zeros(1, 3, 8, 8)
-    coarse, fine = model.rotation(x, 0), model.rotation(x, 2)
-    corners = fine.unflatten(2, (4, 4))[:, :, ::2, ::2].flatten(2, 3)
-    assert torch.equal(coarse, corners)
-    assert math.isclose(coarse[0, 0, 2, 0].item(), math.cos(2.0), rel_tol=1e-6)

@@ -18,7 +18,7 @@ from transport import ODE, create_transport
 from transport.paths import PATHS
 from weights.layouts import export_state_dict, fields_from_shapes, initialize_levels, layout_of
 from weights.pretrained import convert, load_pretrained
-from weights.published import PUBLISHED, Published, published_name
+from weights.published import PUBLISHED, published_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -298,7 +298,3 @@ def test_a_name_is_downloaded_and_checked(suffix, tmp_path, monkeypatch):
     assert "path_type" in found.stated
     convert(tmp_path / "cache" / f"other{suffix}", tmp_path / "o.pt", "ours")  # a path tells neither
     assert Pipeline.load(tmp_path / "o.pt").model.rope_scaling == RopeScaling("auto", attention_scale="fit2")
-
-
-def test_a_published_file_has_no_fields_but_those_that_no_shape_tells():
-    assert Published("a.pt", "http://a").fields == {}
