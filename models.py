@@ -446,7 +446,6 @@ def canonical_name(name: str) -> str:
     Raises:
         ValueError: if no such model exists; the message lists those that do.
     """
-
     for known in MODELS:
         if plain_spelling(known) == plain_spelling(name):
             return known

@@ -238,6 +238,16 @@ def test_the_finest_level_of_a_pyramid_computes_what_fitv2_did(levels, tmp_path)
         assert torch.equal(out[..., ::2, ::2], out[..., 1::2, 1::2])
 
 
+def test_a_start_at_a_size_that_the_weights_scale_is_told():
+    """As of FiTv2's weights for larger images, which were trained with positions scaled from 256 tokens."""
+    size = {"hidden_size": 32, "num_heads": 4, "depth": 1, "adaln_rank": 8, "num_classes": CLASSES}
+    source = create_model("FiTv2-B/2", **size)
+    source.rope_scaling = RopeScaling("ntk")
+    assert initialize_levels(create_model("PPFiT-S-2", **size), source) == []
+    (line,) = initialize_levels(create_model("PPFiT-S-2", **size, input_size=(32, 64)), source)
+    assert "inputs of 32x64 are beyond the 256 tokens" in line
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -333,7 +333,8 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         source: left as it is
 
     Returns:
-        a line about the class table if it is not the source's, for the log; otherwise nothing.
+        lines for the log: about the class table if it is not the source's, and about rotary positions that are scaled
+        otherwise than the source's at the model's size.
 
     Raises:
         ValueError: if an argument differs besides patch_sizes, input_size, train_tokens, num_classes and learn_sigma,
@@ -372,6 +373,15 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             f"the weights are of {source.num_classes} classes, and the model has {model.num_classes}: the label table "
             "is new, except for the row of the null label"
         )
+    if model.position == "rope" and model.patch_sizes[-1] == source.patch_sizes[-1]:
+        sample = torch.zeros(1, *model.sample_shape)
+        own, given = (network.rotation(sample, network.num_levels - 1) for network in (model, source))
+        if not torch.equal(own, given):
+            size = "x".join(map(str, model.input_size))
+            notes.append(
+                f"inputs of {size} are beyond the {source.train_tokens} tokens that the weights' positions are scaled "
+                "from, and this run does not scale them: it does not start as their copy"
+            )
     for level, patch in enumerate(model.patch_sizes):
         origin = _origin(patch, source.patch_sizes)
         (a, b), (p, q) = source.patch_sizes[origin], patch
