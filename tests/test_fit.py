@@ -50,11 +50,11 @@ def group(
 # -- Published sizes -------------------------------------------------------------------------------------------------
 
 PUBLISHED = {  # parameters; GMACs of 256, 400 and 1024 tokens, not all of which are counted again
-    "FiT-B/2": (158_664_224, (30.2, None, 135.4)),
+    "FiT-B/2": (158_664_224, (30.2, None, None)),
     "FiT-L/2": (558_602_272, (None, None, None)),
-    "FiT-XL/2": (823_599_392, (None, 248.4, None)),
-    "FiTv2-B/2": (128_149_072, (28.7, 46.2, 132.9)),
-    "FiTv2-XL/2": (671_045_776, (None, 242.7, None)),
+    "FiT-XL/2": (823_599_392, (None, None, None)),
+    "FiTv2-B/2": (128_149_072, (None, 46.2, 132.9)),
+    "FiTv2-XL/2": (671_045_776, (None, None, None)),
     "FiTv2-3B/2": (2_971_928_080, (None, None, None)),
 }
 
