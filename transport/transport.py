@@ -6,44 +6,18 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from transport.noise import GaussianNoise, StudentTNoise, to_device
-from transport.paths import PATHS, Coefficients, Path, like
+from transport.paths import PATHS, Path, like
+from transport.predictions import PREDICTIONS, predictions_of, target_row
 from transport.schedule import PatchSchedule
 from transport.times import Density, density_of, probabilities, times_of
 from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
 Model = Callable[..., torch.Tensor]
-
-PREDICTIONS = ("velocity", "noise", "score", "data")
-
-
-class LinearRow(NamedTuple):
-    """scale * quantity = a x_1 + b x_0: each quantity is one row of a linear system in (x_1, x_0)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
-
-    def determinant(self, c: Coefficients) -> torch.Tensor:
-        """Of the system of this row and the path's; up to its sign the n of transport/weights.py."""
-        return c.alpha * self.b - c.sigma * self.a
-
-
-def target_row(quantity: str, c: Coefficients) -> LinearRow:
-    """The row of a quantity. The score -x_0 / sigma is scaled by sigma, so that it is finite at sigma = 0."""
-    zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
-    rows = {
-        "velocity": LinearRow(c.d_alpha, c.d_sigma, one),
-        "noise": LinearRow(zero, one, one),
-        "score": LinearRow(zero, -one, c.sigma),
-        "data": LinearRow(one, zero, one),
-    }
-    return rows[quantity]
 
 
 class Transport:
@@ -372,10 +346,8 @@ def create_transport(
             one prediction for each level, or the loss at an end of its interval, or the velocity from which samples
             start, is infinite; if the noise or the times do not go with the rest.
     """
-    predictions = tuple(prediction.split() if isinstance(prediction, str) else prediction)
     for value, name, allowed in (
         (path_type, "path type", tuple(PATHS)),
-        *((each, "prediction", PREDICTIONS) for each in predictions or ("",)),
         (loss_weight, "loss weight", LOSS_WEIGHTS),
     ):
         if value not in allowed:
@@ -384,19 +356,13 @@ def create_transport(
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
     schedule = PatchSchedule(level_edges)
-    if len(predictions) not in (1, schedule.num_levels):
-        raise ValueError(
-            f"{len(predictions)} predictions for {schedule.num_levels} level(s): give one, or one per level, "
-            "coarsest first"
-        )
+    predictions = predictions_of(prediction, schedule.num_levels)
     if len(set(predictions)) > 1 and loss_weight is None:
         loss_weight = "velocity"  # errors of different things do not compare
     loss_weight_value = checked_value(loss_weight, loss_weight_value)
     noise, density = _noise_of(aug_dim, predictions, loss_weight), density_of(time_sampling, time_params)
     if density is not None and loss_weight == "likelihood":
         raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
-    if len(predictions) == 1:
-        predictions *= schedule.num_levels
     transport = Transport(
         PATHS[path_type],
         predictions,
