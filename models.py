@@ -185,6 +185,7 @@ class PyramidalPatchDiT(
         mlp_ratio:   inner width of the MLP over D
         num_classes: number of classes, and the id of the null label: the table has num_classes + 1 rows
         learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
+        unit_patch:  patch whose tokens positions are counted in; None for the finest level's
 
     Raises:
         ValueError: if a patch does not divide the input, or the widths do not fit together.
@@ -201,6 +202,7 @@ class PyramidalPatchDiT(
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        unit_patch: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.input_size = _pair(input_size)
@@ -212,6 +214,7 @@ class PyramidalPatchDiT(
         self.mlp_ratio = mlp_ratio
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.unit_patch = None if unit_patch is None else _pair(unit_patch)
         self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
 
@@ -249,7 +252,7 @@ class PyramidalPatchDiT(
 
     def position_embedding(self, level: int) -> torch.Tensor:
         """(T, D) sine-cosine embedding of a level's token grid."""
-        sizes = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
+        sizes = self.input_size, self.patch_sizes[level], self.unit_patch or self.patch_sizes[-1]
         return level_position_embedding(self.hidden_size, *sizes)
 
     def initialize_weights(self) -> None:
@@ -286,7 +289,14 @@ class PyramidalPatchDiT(
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
         values = {name: getattr(self, name) for name in inspect.signature(PyramidalPatchDiT).parameters}
         sizes = {"input_size": list(self.input_size), "patch_sizes": [list(size) for size in self.patch_sizes]}
+        if self.unit_patch is not None:
+            sizes["unit_patch"] = list(self.unit_patch)
         return {**values, **sizes}
+
+    @property
+    def networks(self) -> dict[str, PyramidalPatchDiT]:
+        """The networks that share no parameters, by the prefix of their names in the state dict: itself alone."""
+        return {"": self}
 
     def num_tokens(self, level: int) -> int:
         """Tokens T per sample at a level."""

@@ -4,7 +4,7 @@ from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
 from transport.sampler import Sampler, bits_per_dim
-from transport.schedule import Interval, PatchSchedule
+from transport.schedule import ExpertPart, Interval, PatchSchedule, expert_parts
 from transport.solvers import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
@@ -35,6 +35,7 @@ __all__ = [
     "SDE_METHODS",
     "TIME_SAMPLINGS",
     "ClassifierFreeGuidance",
+    "ExpertPart",
     "GaussianNoise",
     "Guidance",
     "Interval",
@@ -45,5 +46,6 @@ __all__ = [
     "bits_per_dim",
     "check_ode_method",
     "create_transport",
+    "expert_parts",
     "randn",
 ]

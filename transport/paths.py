@@ -40,6 +40,14 @@ class Path(ABC):
         alpha, sigma, _, _ = self.coefficients(t)
         return alpha / (alpha + sigma)
 
+    def time_of_snr(self, snr: float) -> float:
+        """Time at which the signal-to-noise ratio (alpha / sigma)^2 has a value above 0.
+
+        Where the path is never so noisy (VP), the time is below 0.
+        """
+        ratio = torch.tensor(snr, dtype=torch.float64, device="cpu").sqrt()
+        return self.time_at(ratio / (1 + ratio)).item()
+
     def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
         """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
         if prediction == "velocity":
