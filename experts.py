@@ -231,7 +231,7 @@ class OneExpertAtATime:
     """Keeps the weights of a single expert on a device, and those of all on the host; made by `offload`.
 
     An expert takes the place of another when it is called. Samplers walk the levels in order, so for each batch an
-    expert is moved once. The weights must not change: those on the device are dropped, not copied back.
+    expert is moved once. The weights must not change: the copy on the device is dropped, not brought back.
 
     Args:
         model:  the experts, on the CPU
@@ -257,7 +257,7 @@ class OneExpertAtATime:
             return
         if self._resident is not None:
             self._put(self._resident, self._host[self._resident])
-        self._put(expert, [tensor.to(self.device, non_blocking=True) for tensor in self._host[expert]])
+        self._put(expert, [tensor.to(self.device, non_blocking=True, copy=True) for tensor in self._host[expert]])
         self._resident, self.moves = expert, self.moves + 1
 
     @staticmethod

@@ -246,6 +246,8 @@ class PyramidalPatchDiT(
             raise ValueError(f"input_size must be at least 1, got {h}x{w}")
         if not self.patch_sizes:
             raise ValueError("patch_sizes is empty: a model needs at least one level")
+        if self.unit_patch is not None and min(self.unit_patch) < 1:
+            raise ValueError(f"unit_patch must be at least 1, got {self.unit_patch}")
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
@@ -289,9 +291,8 @@ class PyramidalPatchDiT(
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
         values = {name: getattr(self, name) for name in inspect.signature(PyramidalPatchDiT).parameters}
         sizes = {"input_size": list(self.input_size), "patch_sizes": [list(size) for size in self.patch_sizes]}
-        if self.unit_patch is not None:
-            sizes["unit_patch"] = list(self.unit_patch)
-        return {**values, **sizes}
+        unit_patch = values.pop("unit_patch")  # earlier versions do not know it: only where it says something
+        return {**values, **sizes, **({} if unit_patch is None else {"unit_patch": list(unit_patch)})}
 
     @property
     def networks(self) -> dict[str, PyramidalPatchDiT]:

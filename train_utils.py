@@ -398,16 +398,17 @@ def process_from(args: argparse.Namespace) -> tuple[dict[str, Any], list[ExpertP
     """
     edges = args.expert_edges or [PATHS[args.path_type].time_of_snr(snr) for snr in args.expert_snr or ()]
     parts = expert_parts(patch_edges(args), edges)
-    process = {name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}
+    interval = None
     if args.expert is not None:
         if not edges:
             raise ValueError("--expert is about one of several: give --expert-edges or --expert-snr")
         if args.expert >= len(parts):
             raise ValueError(f"there is no --expert {args.expert}: {len(edges)} edge(s) make experts 0 to {len(edges)}")
         parts = parts[args.expert : args.expert + 1]
-        process["interval"] = list(parts[0].interval)
+        interval = list(parts[0].interval)
     level_edges = [edge for part in parts for edge in (part.interval[0], *part.level_edges)]
-    return {**process, "level_edges": level_edges[1:]}, parts
+    process = {name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}
+    return {**process, "level_edges": level_edges[1:], "interval": interval}, parts
 
 
 def add_network_args(parser: argparse.ArgumentParser, files: int | str = "+") -> Callable[..., Any]:

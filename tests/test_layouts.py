@@ -70,7 +70,7 @@ def test_exported_weights_compute_our_outputs(levels, layout):
 
 
 # What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times.
-UNTOLD = {"aug_dim": None, "time_sampling": "uniform", "time_params": None}
+UNTOLD = {"aug_dim": None, "time_sampling": "uniform", "time_params": None, "interval": None}
 
 
 def test_a_training_checkpoint_of_ppflow(tmp_path):
@@ -270,6 +270,7 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
         "aug_dim": None,
         "time_sampling": "uniform",
         "time_params": None,
+        "interval": None,
     }
     config = {"model_name": "x", "model": model.config, "transport": transport, "vae": "some/vae"}
     ours = saved({"ema": model.state_dict(), "model": {}, "opt": {}, "config": config, "step": 7}, tmp_path / "7.pt")
