@@ -66,16 +66,15 @@ class ExpertPatchDiT(
     # -- Levels --------------------------------------------------------------------------------------------------
 
     @property
-    def levels(self) -> list[tuple[int, int]]:
-        """Of each level, the number of its expert and the expert's own number of it."""
-        return [(number, own) for number, expert in enumerate(self.experts) for own in range(expert.num_levels)]
+    def places(self) -> list[tuple[PyramidalPatchDiT, int]]:
+        """(expert, its own number of the level) for each level."""
+        return [(expert, own) for expert in self.experts for own in range(expert.num_levels)]
 
     def place(self, level: int) -> tuple[PyramidalPatchDiT, int]:
         """The expert of a level, and its own number of it (ValueError if there is no such level)."""
         if not 0 <= level < self.num_levels:
             raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
-        number, own = self.levels[level]
-        return self.experts[number], own
+        return self.places[level]
 
     @property
     def num_levels(self) -> int:
@@ -84,7 +83,7 @@ class ExpertPatchDiT(
     @property
     def fixed_edges(self) -> dict[int, float]:
         """Times at which levels begin that no schedule may move: an expert knows no others than its own."""
-        first = [level for level, (_, own) in enumerate(self.levels) if own == 0]
+        first = [level for level, (_, own) in enumerate(self.places) if own == 0]
         return dict(zip(first[1:], self.expert_edges, strict=True))
 
     # -- What one network has ------------------------------------------------------------------------------------
