@@ -71,7 +71,13 @@ def test_exported_weights_compute_our_outputs(levels, layout):
 
 
 # What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times.
-UNTOLD = {"aug_dim": None, "loss_weight_value": None, "time_sampling": "uniform", "time_params": None}
+UNTOLD = {
+    "aug_dim": None,
+    "loss_weight_value": None,
+    "time_sampling": "uniform",
+    "time_params": None,
+    "interval": None,
+}
 
 
 def test_a_training_checkpoint_of_ppflow(tmp_path):

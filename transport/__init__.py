@@ -5,7 +5,7 @@ from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
 from transport.predictions import PREDICTIONS
 from transport.sampler import Sampler, bits_per_dim
-from transport.schedule import Interval, PatchSchedule
+from transport.schedule import ExpertPart, Interval, PatchSchedule, expert_parts
 from transport.solvers import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
@@ -37,6 +37,7 @@ __all__ = [
     "SDE_METHODS",
     "TIME_SAMPLINGS",
     "ClassifierFreeGuidance",
+    "ExpertPart",
     "GaussianNoise",
     "Guidance",
     "Interval",
@@ -47,5 +48,6 @@ __all__ = [
     "bits_per_dim",
     "check_ode_method",
     "create_transport",
+    "expert_parts",
     "randn",
 ]
