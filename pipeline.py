@@ -104,6 +104,8 @@ class Pipeline:
         file = load_pretrained(source, weights, cache_dir, **overrides)
         own = create_transport(**file.transport, check_ends=False)
         given = {name: value for name, value in (process or {}).items() if value is not None}
+        if not isinstance(given.get("prediction", ""), str):
+            given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
         trained_with = {
             "path_type": own.path.name,
             "prediction": own.prediction,
