@@ -107,6 +107,8 @@ class Pipeline:
         source = str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
         own = create_transport(**file.transport, check_ends=False)
         given = {name: value for name, value in (process or {}).items() if value is not None}
+        if not isinstance(given.get("prediction", ""), str):
+            given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
         trained_with = {
             "path_type": own.path.name,
             "prediction": own.prediction,

@@ -49,6 +49,9 @@ def test_a_run_keeps_its_settings(run: Path) -> None:
     transport = Pipeline.load(run).transport
     assert (transport.prediction, transport.loss_weight, transport.loss_weight_value) == ("data velocity", "min-snr", 2)
     assert transport.sample_interval == (0.0, 1.0)
+    assert Pipeline.load(run, process={"prediction": ("data", "velocity")}).changed == {}
+    with pytest.raises(ValueError, match=r"--prediction is noise velocity, but .* was trained with data velocity"):
+        Pipeline.load(run, process={"prediction": ["noise", "velocity"]})
 
 
 def test_the_velocity_error_of_each_level_is_logged(run: Path) -> None:
@@ -66,6 +69,14 @@ def test_without_a_weight_the_error_of_velocities_is_the_loss(tiny_run: Path) ->
     for record in records(tiny_run):
         for level in range(2):
             assert record[f"velocity_error_level_{level}"] == pytest.approx(record[f"loss_level_{level}"], rel=1e-6)
+
+
+def test_a_level_without_samples_has_no_error(tmp_path: Path) -> None:
+    train([*QUICK.split(), "--level-edges", "0.999", "--max-steps", "1", "--run-dir", str(tmp_path)])
+    (record,) = records(tmp_path)
+    assert record["velocity_error_level_1"] is None
+    shown = f"velocity error {record['velocity_error_level_0']:.4f} / -, "
+    assert shown in (tmp_path / "log.txt").read_text()
 
 
 def test_a_run_continues_by_the_same_command_and_by_no_other(run: Path, tmp_path: Path, refuses) -> None:
