@@ -39,6 +39,14 @@ from positions import POSITIONS, RopeScaling, level_position_embedding, patchify
 
 MODEL_CARD = Path(__file__).parent / "weights" / "model_card.md"  # a template
 
+
+def patch_embedder(patch_features: int, hidden_size: int, bottleneck: int | None) -> nn.Module:
+    """Patches (N, T, p*q*C) -> (N, T, D), by one linear layer, or by two and no bias in the first."""
+    if bottleneck is None:
+        return nn.Linear(patch_features, hidden_size)
+    return nn.Sequential(nn.Linear(patch_features, bottleneck, bias=False), nn.Linear(bottleneck, hidden_size))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -65,6 +73,9 @@ class PyramidalPatchDiT(
         mlp_ratio:   inner width of the MLP over D, rounded down to a whole one
         num_classes: number of classes, and the id of the null label: the table has num_classes + 1 rows
         learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
+        bottleneck:  embed patches by two linear layers with so many values in between (JiT, arXiv:2511.13720); None
+                     for one layer
+        unit_patch:  patch whose tokens positions are counted in; None for the finest level's
         position:    "sincos", added to the tokens of inputs of input_size alone; or "rope", rotary ones for inputs of
                      any size that the patches divide (FiT, arXiv:2402.12376), of which input_size is the default
         mlp:         "gelu" (DiT) or "swiglu" (FiT)
@@ -91,6 +102,8 @@ class PyramidalPatchDiT(
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        bottleneck: int | None = None,
+        unit_patch: Sequence[int] | None = None,
         position: str = "sincos",
         mlp: str = "gelu",
         qk_norm: bool = False,
@@ -109,6 +122,8 @@ class PyramidalPatchDiT(
         self.mlp_ratio = mlp_ratio
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.bottleneck = bottleneck
+        self.unit_patch = None if unit_patch is None else _pair(unit_patch)
         self.position = position
         self.mlp = mlp
         self.qk_norm = qk_norm
@@ -119,11 +134,11 @@ class PyramidalPatchDiT(
         self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
         if position == "rope":
-            self.train_tokens = train_tokens or self.num_tokens(self.num_levels - 1)
+            self.train_tokens = train_tokens or math.prod(self.input_size) // math.prod(self.position_unit)
             self.rope_scaling = RopeScaling()  # of sampling: not of the weights, so no argument
 
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
-        self.x_embedder = nn.ModuleList(nn.Linear(features, hidden_size) for features in patch_features)
+        self.x_embedder = nn.ModuleList(patch_embedder(size, hidden_size, bottleneck) for size in patch_features)
         self.t_embedder = TimestepEmbedder(hidden_size, time_input)
         self.y_embedder = table_embedder(num_classes + 1, hidden_size)  # the null label's row is the last one
         if self.num_levels > 1:
@@ -153,9 +168,17 @@ class PyramidalPatchDiT(
             raise ValueError(f"input_size must be at least 1, got {h}x{w}")
         if not self.patch_sizes:
             raise ValueError("patch_sizes is empty: a model needs at least one level")
+        if self.unit_patch is not None and min(self.unit_patch) < 1:
+            raise ValueError(f"unit_patch must be at least 1, got {self.unit_patch}")
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
+            widest = min(p * q * self.in_channels, self.hidden_size) - 1
+            if self.bottleneck is not None and not 1 <= self.bottleneck <= widest:
+                raise ValueError(
+                    f"a bottleneck of {self.bottleneck} is none between the {p * q * self.in_channels} values of a "
+                    f"{p}x{q} patch and the width {self.hidden_size}: give 1 to {widest}"
+                )
         for name, choices in (("position", POSITIONS), ("mlp", MLPS), ("time_input", TIME_INPUTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -171,9 +194,14 @@ class PyramidalPatchDiT(
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
 
+    @property
+    def position_unit(self) -> tuple[int, int]:
+        """The patch whose tokens positions are counted in."""
+        return self.unit_patch or self.patch_sizes[-1]
+
     def position_embedding(self, level: int) -> torch.Tensor:
         """(T, D) sine-cosine embedding of a level's token grid."""
-        sizes = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
+        sizes = self.input_size, self.patch_sizes[level], self.position_unit
         return level_position_embedding(self.hidden_size, *sizes)
 
     def initialize_weights(self) -> None:
@@ -181,7 +209,8 @@ class PyramidalPatchDiT(
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -211,7 +240,13 @@ class PyramidalPatchDiT(
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
         values = {name: getattr(self, name) for name in inspect.signature(PyramidalPatchDiT).parameters}
         sizes = {"input_size": list(self.input_size), "patch_sizes": [list(size) for size in self.patch_sizes]}
-        return {**values, **sizes}
+        unit_patch = values.pop("unit_patch")  # earlier versions do not know it: only where it says something
+        return {**values, **sizes, **({} if unit_patch is None else {"unit_patch": list(unit_patch)})}
+
+    @property
+    def networks(self) -> dict[str, PyramidalPatchDiT]:
+        """The networks that share no parameters, by the prefix of their names in the state dict: itself alone."""
+        return {"": self}
 
     def num_tokens(self, level: int, size: tuple[int, int] | None = None) -> int:
         """Tokens T per sample at a level; of samples of input_size, or of a size (H, W)."""
@@ -310,7 +345,7 @@ class PyramidalPatchDiT(
         """The angles (1, 2, T, d/2) by which positions turn queries and keys, for inputs (N, C, H, W)."""
         if self.position == "sincos":
             return None
-        size, patches = tuple(x.shape[2:]), (self.patch_sizes[level], self.patch_sizes[-1])
+        size, patches = tuple(x.shape[2:]), (self.patch_sizes[level], self.position_unit)
         settings = self.train_tokens, self.rope_theta, self.rope_scaling
         dtype = torch.promote_types(x.dtype, torch.float32)
         return rotary_table(self.hidden_size // self.num_heads, size, *patches, *settings, dtype, x.device)
@@ -409,11 +444,32 @@ PATCH_SIZES = {
     "SiT-{}/8": ((8, 8),),
 }
 
+# The same for pixels, named after the finest patch: 16 for 256x256 images and 32 for 512x512, 256 tokens in both.
+PIXEL_PATCH_SIZES = {
+    "PPF-{}-2/16": ((32, 32), (16, 16)),
+    "PPF-{}-3/16": ((32, 32), (16, 32), (16, 16)),
+    "PPF-{}-2/32": ((64, 64), (32, 32)),
+    "PPF-{}-3/32": ((64, 64), (32, 64), (32, 32)),
+    "SiT-{}/16": ((16, 16),),
+    "SiT-{}/32": ((32, 32),),
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     name.format(size): {"patch_sizes": patch_sizes, **fields}
     for size, fields in SIZES.items()
     for name, patch_sizes in PATCH_SIZES.items()
     if size != "T" or patch_sizes[-1] == (2, 2)  # the tiny size is for images of few tokens
+}
+MODELS |= {
+    name.format(size): {
+        "patch_sizes": patch_sizes,
+        **SIZES[size],
+        "input_size": 16 * patch_sizes[-1][0],
+        "in_channels": 3,
+        "learn_sigma": False,
+    }
+    for size in ("B", "L")
+    for name, patch_sizes in PIXEL_PATCH_SIZES.items()
 }
 
 # Any size and aspect ratio: FiT (arXiv:2402.12376), FiTv2 (arXiv:2410.13925), and pyramids of FiTv2's block.

@@ -96,7 +96,7 @@ class Judge:
         """Distance with its standard error (jackknife over ten parts), class accuracy, precision, recall."""
         features, probabilities = self._features(images)
         distance = frechet_distance(self._gaussian(features), self.reference)
-        parts = torch.arange(len(features)) % 10
+        parts = torch.arange(len(features)) // 10 % 10  # labels repeat, and each part has all classes
         left_out = [frechet_distance(self._gaussian(features[parts != part]), self.reference) for part in range(10)]
         spread = float(np.sqrt(9 / 10 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2)))
         precision, recall = precision_recall(self.neighbours, features[: len(self.neighbours)])
@@ -128,23 +128,45 @@ def measure_run(
     file, key = folder / "results.json", f"{name} seed {seed} steps {args.steps}"
     result = once(file, f"{key} velocity", lambda: velocity_errors(network, data, args.num_held_out))
 
-    def sample(guidance: Guidance, transport: Transport) -> dict[str, Any]:
+    def sample(setting: str, transport: Transport) -> dict[str, Any]:
+        guidance = guidance_of(setting, network.num_levels)
         images, labels, gmacs = draw(network, transport, guidance, args.num_samples, args.sampling_steps)
-        if guidance.scales == (args.cfg_scale,) and transport is network.transport:
+        if transport is network.transport:
             shown = labels[:100].argsort(stable=True)  # a row for each class
-            save_grid(images[shown].float() / 127.5 - 1, folder / f"{name}-{seed}.png", len(shown) // data.num_classes)
+            picture = folder / f"{name}-{seed}-guidance-{setting.replace(',', '-')}.png"
+            save_grid(images[shown].float() / 127.5 - 1, picture, len(shown) // data.num_classes)
         return {**judge(images, labels), "gmacs": gmacs}
 
     settings = f"{args.num_samples} samples {args.sampling_steps} steps"
     result["samples"] = {}
-    for scale in sorted({1.0, args.cfg_scale}):
-        make = partial(sample, Guidance(scale), network.transport)
-        result["samples"][f"{scale:g}"] = once(file, f"{key} {settings} guidance {scale:g}", make)
-    result["moved"] = {}
+    for setting in args.guidance:
+        if network.num_levels > 1 or "," not in setting:
+            make = partial(sample, setting, network.transport)
+            result["samples"][setting] = once(file, f"{key} {settings} guidance {setting}", make)
+    result["moved"], best = {}, best_setting(result["samples"])
     for edge in args.moved_edges if network.num_levels == 2 else ():
-        make = partial(sample, Guidance(args.cfg_scale), create_transport(level_edges=[edge]))
-        result["moved"][f"{edge:g}"] = once(file, f"{key} {settings} guidance {args.cfg_scale:g} edge {edge:g}", make)
+        make = partial(sample, best, create_transport(level_edges=[edge]))
+        result["moved"][f"{edge:g}"] = once(file, f"{key} {settings} guidance {best} edge {edge:g}", make)
     return result
+
+
+def guidance_setting(text: str) -> str:
+    """Argparse type for a value of --guidance."""
+    scales = [cli.positive_float(scale) for scale in text.split(",")]
+    if len(scales) > 2:
+        raise argparse.ArgumentTypeError(f"{text} names more than two scales: the coarsest level's, the others'")
+    return ",".join(f"{scale:g}" for scale in scales)
+
+
+def guidance_of(setting: str, num_levels: int) -> Guidance:
+    """The guidance that --guidance names: one scale, or that of the coarsest level and that of the others."""
+    first, *others = (float(scale) for scale in setting.split(","))
+    return Guidance((first, *others * (num_levels - 1))) if others else Guidance(first)
+
+
+def best_setting(samples: Mapping[str, Mapping[str, float]]) -> str:
+    """The guidance of the lowest distance."""
+    return min(samples, key=lambda setting: samples[setting]["distance"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,8 +181,8 @@ def mean_and_error(values: Sequence[float], errors: Sequence[float] = ()) -> str
     return f"{mean:.3f}" + (f" +- {errors[0]:.3f}" if errors else "")
 
 
-def tables(results: Mapping[tuple[str, int], dict[str, Any]], real: Mapping[str, float], scale: float) -> str:
-    """Markdown of all runs: samples by guidance, then the velocity's error over SiT's of the same seed."""
+def tables(results: Mapping[tuple[str, int], dict[str, Any]], real: Mapping[str, float]) -> str:
+    """Markdown of all runs: samples by guidance, moved edges, then the velocity's error over SiT's of the same seed."""
     names = list(dict.fromkeys(name for name, _ in results))
     lines = [
         f"Held-out images: distance {real['distance']:.3f}, class accuracy {real['accuracy']:.3f}, "
@@ -181,7 +203,7 @@ def tables(results: Mapping[tuple[str, int], dict[str, Any]], real: Mapping[str,
     moved = [(name, seed, run["moved"]) for (name, seed), run in results.items() if run["moved"]]
     if moved:
         edges = list(moved[0][2])
-        lines += ["", f"Distance at guidance {scale:g} with the edge moved at sampling:", ""]
+        lines += ["", "Distance with the edge moved at sampling, each with its best guidance:", ""]
         lines += ["| run | seed | " + " | ".join(edges) + " |", "|---|---|" + "---|" * len(edges)]
         for name, seed, row in moved:
             lines.append(f"| {name} | {seed} | " + " | ".join(f"{row[edge]['distance']:.3f}" for edge in edges) + " |")
@@ -196,8 +218,8 @@ def tables(results: Mapping[tuple[str, int], dict[str, Any]], real: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def plot(results: Mapping[tuple[str, int], dict[str, Any]], scale: float, path: Path) -> None:
-    """Two panels: the velocity's error over SiT's along t; distance against GMACs per image."""
+def plot(results: Mapping[tuple[str, int], dict[str, Any]], path: Path) -> None:
+    """Two panels: the velocity's error over SiT's along t; the lowest distance of each run against GMACs per image."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -209,13 +231,13 @@ def plot(results: Mapping[tuple[str, int], dict[str, Any]], scale: float, path: 
         ratios = [np.array(run["errors"]) / sit[seed] for seed, run in runs.items() if seed in sit]
         if ratios and name != "sit":
             left.plot(TIMES, np.mean(ratios, axis=0), label=name, markersize=3, linewidth=1, **style)
-        scores = [run["samples"][f"{scale:g}"] for run in runs.values()]
+        scores = [run["samples"][best_setting(run["samples"])] for run in runs.values()]
         distances = [score["distance"] for score in scores]
         error = np.std(distances, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else scores[0]["distance_error"]
         right.errorbar(scores[0]["gmacs"], np.mean(distances), error, linestyle="", capsize=2, label=name, **style)
     left.axhline(1, color="grey", linewidth=0.8)
     left.set(xlabel="t (0 is noise)", ylabel="velocity error over SiT's")
-    right.set(xlabel="GMACs per image", ylabel=f"Frechet distance, guidance {scale:g}")
+    right.set(xlabel="GMACs per image", ylabel="Frechet distance, best guidance")
     right.legend(fontsize=7, ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -245,7 +267,14 @@ def build_parser() -> cli.ArgumentParser:
     add("--steps", type=cli.positive_int, default=3000, help=f"optimizer steps, a multiple of {2 * recipes.KEEP_EVERY}")
     add("--batch-size", type=cli.positive_int, default=64, help="images per step")
     add("--lr", type=cli.positive_float, default=1e-3, help="AdamW's learning rate")
-    add("--cfg-scale", type=cli.positive_float, default=1.5, help="guidance, besides none")
+    add(
+        "--guidance",
+        type=guidance_setting,
+        nargs="+",
+        default=["1", "1.5", "2.5", "1,2.5"],
+        metavar="SCALE",
+        help="guidance scales that are tried with the same noise; A,B: that of the coarsest level, that of the others",
+    )
     add(
         "--moved-edges",
         type=cli.positive_float,
@@ -291,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             network = train_run(name, seed, args.steps, data, folder, args.batch_size, args.lr)
             results[name, seed] = measure_run(name, seed, network, judge, data, folder, args)
             with complete_file(folder / "quality.md") as temporary:
-                temporary.write_text(tables(results, real, args.cfg_scale))
-    plot(results, args.cfg_scale, folder / "quality.png")
+                temporary.write_text(tables(results, real))
+    plot(results, folder / "quality.png")
     print((folder / "quality.md").read_text())
 
 

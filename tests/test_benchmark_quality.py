@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,15 +123,41 @@ def test_shared_levels_take_turns_around_an_edge_alone(study, monkeypatch):
 def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypatch, capsys):
     run, _, folder = study
     names = ["sit", "ppf2", "ppf2-equal-cost", "ppf3-from-sit", "ppf2-coarse-data", "ppf2-wide"]
-    first = run("--runs", *names, "--moved-edges", "0.3")
+    flags = ["--runs", *names, "--moved-edges", "0.3", "--guidance", "2", "1,2"]
+    first = run(*flags)
     for name in names:
-        assert f"| {name} | 1 | 1.5 |" in first
+        assert f"| {name} | 1 | 2 |" in first
+        assert (f"| {name} | 1 | 1,2 |" in first) == (name != "sit")
     assert (folder / "8x8" / "quality.png").exists()
-    picture = np.asarray(Image.open(folder / "8x8" / "sit-0.png"))
-    assert picture.ndim == 3
+    assert np.asarray(Image.open(folder / "8x8" / "ppf2-0-guidance-1-2.png")).ndim == 3
     monkeypatch.setattr(recipes, "loss_of_step", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(quality, "draw", lambda *args: pytest.fail("sampled again"))
-    assert run("--runs", *names, "--moved-edges", "0.3") == first
+    assert run(*flags) == first
+
+
+def test_guidance_of_the_coarsest_level_may_be_that_of_its_own():
+    assert quality.guidance_of("2.5", 3).scales == (2.5,)
+    assert quality.guidance_of("1,2.5", 3).scales == (1.0, 2.5, 2.5)
+
+
+def test_the_error_of_a_distance_is_its_spread_over_draws():
+    """Classes lie far apart, and a draw has as many samples of each: parts that were classes would err by far more."""
+    means = 4.0 * torch.arange(10)
+
+    def draw(seed, number):
+        features = torch.randn(number, 3, generator=torch.Generator().manual_seed(seed))
+        features[:, 0] += means[torch.arange(number) % 10]
+        return features[:, :, None, None]
+
+    def classifier(images):
+        return SimpleNamespace(pool=images.flatten(1), probabilities=torch.ones(len(images), 10))
+
+    reference = draw(0, 2000).permute(0, 2, 3, 1).numpy()
+    judge = quality.Judge(classifier, SimpleNamespace(pixels=reference, num_training=2000), neighbours=20)
+    scores = [judge(draw(seed, 400) + 0.5, torch.zeros(400)) for seed in range(1, 31)]
+    spread = torch.tensor([score["distance"] for score in scores]).std().item()
+    error = torch.tensor([score["distance_error"] for score in scores]).mean().item()
+    assert 0.6 < error / spread < 1.6
 
 
 def test_a_run_that_is_continued_is_the_run_that_never_stopped(study):

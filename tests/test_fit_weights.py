@@ -199,7 +199,8 @@ def test_there_and_back_is_exact(version, tmp_path):
         ({"position": "sincos", "train_tokens": None}, "has no model with 2x2 patches, sincos positions"),
         ({"qk_norm": False}, "no mixture"),
         ({"time_input": "ddpm"}, "no mixture"),
-        ({"rope_theta": 100.0}, "no place for rope_theta 100"),
+        ({"rope_theta": 100.0}, "no place for another rope_theta than 10000"),
+        ({"bottleneck": 8}, "or for a bottleneck"),
     ],
 )
 def test_a_model_that_fit_does_not_have_is_not_exported_to_its_layout(fields, message):

@@ -93,8 +93,8 @@ def export_to_fit(model: PyramidalPatchDiT) -> dict[str, torch.Tensor]:
         raise ValueError(
             "the fit layout is FiT's, whose time is DDPM's index, or FiTv2's, with qk_norm and adaln_rank: no mixture"
         )
-    if model.rope_theta != 10_000:
-        raise ValueError(f"the fit layout has no place for rope_theta {model.rope_theta:g}")
+    if model.rope_theta != 10_000 or model.bottleneck is not None:
+        raise ValueError("the fit layout has no place for another rope_theta than 10000, or for a bottleneck")
     weights = dict(model.state_dict())
     for end in ("weight", "bias"):
         embedding, head = weights.pop(f"x_embedder.0.{end}"), weights.pop(f"final_layer.linear.0.{end}")

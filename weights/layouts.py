@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from experts import Network
 from models import MODELS, PyramidalPatchDiT
 from runtime.files import check_tensors
 from weights.fit import export_to_fit, fields_from_fit, import_from_fit
@@ -58,7 +59,7 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
         ValueError: if it is none of them.
     """
     names = list(weights)
-    if any(name.startswith("x_embedder.") and name.split(".")[1].isdigit() for name in names):
+    if any(re.match(r"(experts\.\d+\.)?x_embedder\.\d", name) for name in names):
         return "ours"
     if any(re.match(r"blocks\.\d+\.mlp\.fc1_[gx]\.", name) for name in names):
         return "fit"
@@ -153,9 +154,11 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
 
 
 def registry_name(model: PyramidalPatchDiT) -> str | None:
-    """The name in MODELS with the model's sizes; input size, channels and classes may differ."""
+    """The name in MODELS with the model's patches and widths; what else a model is made with may differ."""
+    sizes = ("patch_sizes", "hidden_size", "depth", "num_heads")
     for name, fields in MODELS.items():
-        if all(getattr(model, field) == value for field, value in {**DITS_BLOCK, **fields}.items()):
+        wanted = {**DITS_BLOCK, **{field: fields[field] for field in (*sizes, *DITS_BLOCK) if field in fields}}
+        if all(getattr(model, field) == value for field, value in wanted.items()):
             return name
     return None
 
@@ -194,7 +197,7 @@ def _head_to_channels(head: torch.Tensor, patch: tuple[int, int], factor: tuple[
     return split.permute(0, 2, 4, 1, 3, 5).reshape(head.shape)
 
 
-def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
+def export_state_dict(model: Network, layout: str) -> Weights:
     """The model's weights under the names and in the shapes of another repository, pos_embed (1, T, D) included.
 
     Args:
@@ -205,18 +208,22 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
     Raises:
         ValueError: if that repository has no such model.
     """
+    if layout not in ("sit", "ppflow", "fit"):
+        raise ValueError(f"unknown layout {layout!r}: choose sit, ppflow or fit")
+    if list(model.networks) != [""]:
+        raise ValueError(f"the {layout} layout has no experts: take our own")
     if layout == "fit":
         return export_to_fit(model)
     patches = model.patch_sizes
     a, b = patches[-1]
     fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
-    if layout not in fits:
-        raise ValueError(f"unknown layout {layout!r}: choose sit, ppflow or fit")
     if model.position != "sincos" or model.mlp != "gelu" or model.qk_norm or model.adaln_rank is not None:
         raise ValueError(f"the {layout} layout has no model with rotary positions, or with parts of FiT's block")
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
+    if model.bottleneck is not None:
+        raise ValueError(f"the {layout} layout has no patch embedding with a bottleneck: take our own")
     own = ("x_embedder.", "final_layer.linear.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     names = zip(SUFFIXES[len(patches)], FACTORS[len(patches)], patches, _position_names(len(patches)), strict=True)
@@ -279,17 +286,18 @@ def _set_positions(model: PyramidalPatchDiT, level: int, table: torch.Tensor, wh
         raise ValueError(f"{what} is not the sine-cosine table of {len(buffer)} tokens: give the right input_size")
 
 
-def own_state_dict(model: PyramidalPatchDiT) -> Weights:
+def own_state_dict(model: Network) -> Weights:
     """The state dict, with pos_embed_L for each level whose positions came from a file and differ from the computed."""
     weights = model.state_dict()
-    for level in range(model.num_levels if model.position == "sincos" else 0):
-        buffer = getattr(model, f"pos_embed_{level}")
-        if not torch.equal(buffer, model.position_embedding(level).to(buffer)):
-            weights[f"pos_embed_{level}"] = buffer
+    for prefix, network in model.networks.items():
+        for level in range(network.num_levels if network.position == "sincos" else 0):
+            buffer = getattr(network, f"pos_embed_{level}")
+            if not torch.equal(buffer, network.position_embedding(level).to(buffer)):
+                weights[f"{prefix}pos_embed_{level}"] = buffer
     return weights
 
 
-def fingerprint(model: PyramidalPatchDiT) -> str:
+def fingerprint(model: Network) -> str:
     """The sha256 of a network's names and weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(own_state_dict(model).items()):
@@ -299,16 +307,20 @@ def fingerprint(model: PyramidalPatchDiT) -> str:
 
 
 def load_own_state_dict(
-    model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
+    model: Network, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
     """Load the result of `own_state_dict`; arguments and errors as in `import_state_dict`."""
-    names = {f"pos_embed_{level}": level for level in range(model.num_levels)} if model.position == "sincos" else {}
+    names = {
+        f"{prefix}pos_embed_{level}": (network, level)
+        for prefix, network in model.networks.items()
+        for level in range(network.num_levels if network.position == "sincos" else 0)
+    }
     parameters = {name: tensor for name, tensor in weights.items() if name not in names}
     check_tensors(parameters, model.state_dict(), source)
     model.load_state_dict(parameters)
-    for name, level in names.items():
+    for name, place in names.items():
         if name in weights:
-            _set_positions(model, level, weights[name], f"{source}: {name}", other_size)
+            _set_positions(*place, weights[name], f"{source}: {name}", other_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,6 +358,7 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             "hidden_size": net.hidden_size,
             "depth": net.depth,
             "num_heads": net.num_heads,
+            "bottleneck": net.bottleneck,
             "mlp": net.mlp,
             "width of the MLP": net.blocks[0].mlp.fc2.in_features,
             "position": net.position,
@@ -388,9 +401,10 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         for end in ("weight", "bias"):
             head = _repeat(found[f"final_layer.linear.{origin}.{end}"], (a, b), (p, q))
             weights[f"final_layer.linear.{level}.{end}"] = _out_channels(head, model, source)
+        for end, _ in model.x_embedder[level].named_parameters():
             weights[f"x_embedder.{level}.{end}"] = found[f"x_embedder.{origin}.{end}"]
-        kernel = weights[f"x_embedder.{level}.weight"]
-        weights[f"x_embedder.{level}.weight"] = _repeat(kernel.T, (a, b), (p, q)).T / (p * q // (a * b))
+        first = f"x_embedder.{level}.weight" if model.bottleneck is None else f"x_embedder.{level}.0.weight"
+        weights[first] = _repeat(weights[first].T, (a, b), (p, q)).T / (p * q // (a * b))
         if old_levels in found and (p, q) == (a, b):
             new_levels[level] = found[old_levels][origin]
     if model.num_levels > 1:
