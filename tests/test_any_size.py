@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import sample
 import sample_ddp
 import train
 import train_utils as cli
+from experts import ExpertPatchDiT, create_expert
 from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from positions import RopeScaling
@@ -107,6 +109,37 @@ def test_sizes_are_those_of_images_where_there_is_an_autoencoder(tmp_path: Path)
     with pytest.raises(ValueError, match="the nearest size that works is 16x24"):
         pipe.use_size((16, 22))
     assert pipe.image_size == (16, 16)
+
+
+def test_experts_take_any_size_as_one_network_does() -> None:
+    """Two experts that are one pyramid's levels: same samples, same cost."""
+    whole = random_weights(create_model("PPFiT-T-2", **SIZE))
+    experts = ExpertPatchDiT(
+        [
+            create_expert("PPFiT-T-2", range(level, level + 1), **SIZE, train_tokens=16).requires_grad_(False)
+            for level in (0, 1)
+        ],
+        (0.5,),
+    )
+    given, table = whole.state_dict(), "y_embedder.embedding_table.weight"
+    for level, expert in enumerate(experts.experts):
+        weights = {name: tensor for name, tensor in given.items() if name in expert.state_dict()}
+        for part, end in product(("x_embedder", "final_layer.linear"), ("weight", "bias")):
+            weights[f"{part}.0.{end}"] = given[f"{part}.{level}.{end}"]
+        weights[table] = given[table] + whole.level_embedder.embedding_table.weight[level]
+        expert.load_state_dict(weights)
+    transport, how = create_transport(level_edges=(0.5,)), {"solver": ODE(num_steps=4), "size": (12, 8)}
+    pipes = [Pipeline(network, transport) for network in (whole, experts)]
+    for pipe in pipes:
+        pipe.model.rope_scaling = RopeScaling("linear")
+    counted = [pipe.counted() for pipe in pipes]
+    expected, found = (pipe.images([1, 2], **how) for pipe in counted)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert counted[0].model.gmacs(2) == counted[1].model.gmacs(2)
+    pipes[1].use_size((12, 8))
+    assert [expert.input_size for expert in experts.experts] == [(12, 8)] * 2
+    with pytest.raises(ValueError, match="10x8 does not fit"):
+        pipes[1].use_size((10, 8))
 
 
 def test_the_scaling_is_the_weights_own_unless_another_is_given(ckpt: Path, tmp_path: Path) -> None:
