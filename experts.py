@@ -21,6 +21,16 @@ from models import MODELS, Groups, PyramidalPatchDiT, canonical_name, create_mod
 MODEL_CARD = Path(__file__).parent / "weights" / "expert_card.md"  # a template
 
 
+def _shared(name: str) -> property:
+    """An attribute that all experts have alike; setting it sets theirs."""
+
+    def set_all(model: ExpertPatchDiT, value: Any) -> None:
+        for expert in model.experts:
+            setattr(expert, name, value)
+
+    return property(lambda model: getattr(model.experts[0], name), set_all)
+
+
 class ExpertPatchDiT(
     nn.Module,
     PyTorchModelHubMixin,
@@ -103,36 +113,15 @@ class ExpertPatchDiT(
         """The constructor's arguments as plain data."""
         return {"experts": [expert.config for expert in self.experts], "expert_edges": list(self.expert_edges)}
 
-    @property
-    def in_channels(self) -> int:
-        return self.experts[0].in_channels
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.experts[0].input_size
-
-    @property
-    def num_classes(self) -> int:
-        return self.experts[0].num_classes
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of a sample."""
-        return self.experts[0].sample_shape
+    in_channels = _shared("in_channels")
+    input_size = _shared("input_size")
+    num_classes = _shared("num_classes")
+    sample_shape = _shared("sample_shape")
+    activation_checkpointing = _shared("activation_checkpointing")
 
     @property
     def num_parameters(self) -> int:
         return sum(expert.num_parameters for expert in self.experts)
-
-    @property
-    def activation_checkpointing(self) -> bool:
-        """The backward pass computes the blocks again instead of keeping them."""
-        return self.experts[0].activation_checkpointing
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, value: bool) -> None:
-        for expert in self.experts:
-            expert.activation_checkpointing = value
 
     def num_tokens(self, level: int) -> int:
         """Tokens T per sample at a level."""
