@@ -29,7 +29,7 @@ from experts import Network, OneExpertAtATime
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, PatchSchedule, Sampler, Transport, create_transport
+from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
 from weights.pretrained import load_pretrained
 
@@ -107,6 +107,8 @@ class Pipeline:
         source = str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
         own = create_transport(**file.transport, check_ends=False)
         given = {name: value for name, value in (process or {}).items() if value is not None}
+        if not isinstance(given.get("prediction", ""), str):
+            given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
         trained_with = {
             "path_type": own.path.name,
             "prediction": own.prediction,
@@ -401,8 +403,7 @@ class Pipeline:
         if len(self.model.networks) > 1:
             raise ValueError(f"no level of {self.source} serves all times, as its experts share them")
         other = self._with_model(_FinestLevel(self.model))
-        other.transport = copy.copy(self.transport)
-        other.transport.schedule = PatchSchedule()
+        other.transport = self.transport.finest_only()
         return other
 
     def counted(self, progress: tqdm | None = None) -> Pipeline:

@@ -73,6 +73,9 @@ RECIPES = {
     "ppf2-coarse-batch": Recipe("PPF-T-2", coarse_batch=3),
     "ppf2-coarse-weight": Recipe("PPF-T-2", coarse_weight=2.0),
     "ppf2-wide": Recipe("PPF-T-2", wide=True),
+    "ppf2-data-edge-0.35": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True),
+    "ppf2-data-edge-0.35-from-sit": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True, start="sit"),
+    "ppf3-coarse-data": Recipe("PPF-T-3", coarse_data=True),
 }
 
 

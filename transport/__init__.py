@@ -3,6 +3,7 @@
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
+from transport.predictions import PREDICTIONS
 from transport.sampler import Sampler, bits_per_dim
 from transport.schedule import ExpertPart, Interval, PatchSchedule, expert_parts
 from transport.solvers import (
@@ -18,7 +19,8 @@ from transport.solvers import (
     check_ode_method,
 )
 from transport.times import TIME_SAMPLINGS
-from transport.transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport
+from transport.transport import Transport, create_transport
+from transport.weights import LOSS_WEIGHTS
 
 __all__ = [
     "ADAPTIVE_METHODS",

@@ -23,7 +23,8 @@ from experts import ExpertPatchDiT, Network, network_of
 from models import PyramidalPatchDiT
 from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
-from transport import PatchSchedule
+from transport import PatchSchedule, create_transport
+from transport.predictions import predictions_of
 from weights.files import choose_weights, read_file
 from weights.layouts import (
     export_state_dict,
@@ -153,9 +154,11 @@ def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
     processes = [part.transport for _, part in parts]
     model = ExpertPatchDiT([part.model for _, part in parts], [process["interval"][0] for process in processes[1:]])
     edges = [edge for process in processes for edge in (process["interval"][0], *process["level_edges"])]
+    words = [word for _, part in parts for word in predictions_of(part.transport["prediction"], part.model.num_levels)]
+    prediction = words[0] if len(set(words)) == 1 else " ".join(words)
     return first._replace(
         model=model.eval(),
-        transport={**first.transport, "level_edges": edges[1:], "interval": None},
+        transport={**first.transport, "prediction": prediction, "level_edges": edges[1:], "interval": None},
         name=_name(model),
         step=min(part.step for _, part in parts),
         stated=frozenset.intersection(*(part.stated for _, part in parts)),
@@ -206,6 +209,7 @@ def default_transport(model: Network) -> dict[str, Any]:
         "sample_eps": None,
         "level_edges": list(edges),
         "aug_dim": None,
+        "loss_weight_value": None,
         "time_sampling": "uniform",
         "time_params": None,
         "interval": None,
@@ -277,6 +281,12 @@ def convert(
             raise ValueError(
                 f"{source} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
                 f"{layout} does not tell: take our own"
+            )
+        prediction = create_transport(**pretrained.transport, check_ends=False).prediction
+        if " " in prediction:
+            raise ValueError(
+                f"{source} has levels that predict {prediction}, where programs of the {layout} layout know one "
+                "prediction: take our own"
             )
         content = state = export_state_dict(pretrained.model, layout)
     with complete_file(out) as temporary:
