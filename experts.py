@@ -21,8 +21,8 @@ from models import MODELS, Groups, PyramidalPatchDiT, canonical_name, create_mod
 MODEL_CARD = Path(__file__).parent / "weights" / "expert_card.md"  # a template
 
 
-def _of_all(name: str) -> property:
-    """An attribute that all experts share: read from the first, set for all."""
+def _shared(name: str) -> property:
+    """An attribute that all experts have alike; setting it sets theirs."""
 
     def set_all(model: ExpertPatchDiT, value: Any) -> None:
         for expert in model.experts:
@@ -113,28 +113,18 @@ class ExpertPatchDiT(
         """The constructor's arguments as plain data."""
         return {"experts": [expert.config for expert in self.experts], "expert_edges": list(self.expert_edges)}
 
-    @property
-    def in_channels(self) -> int:
-        return self.experts[0].in_channels
-
-    @property
-    def num_classes(self) -> int:
-        return self.experts[0].num_classes
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of a sample."""
-        return self.experts[0].sample_shape
+    in_channels = _shared("in_channels")
+    input_size = _shared("input_size")
+    num_classes = _shared("num_classes")
+    sample_shape = _shared("sample_shape")
+    position = _shared("position")
+    train_tokens = _shared("train_tokens")
+    rope_scaling = _shared("rope_scaling")
+    activation_checkpointing = _shared("activation_checkpointing")
 
     @property
     def num_parameters(self) -> int:
         return sum(expert.num_parameters for expert in self.experts)
-
-    input_size = _of_all("input_size")
-    position = _of_all("position")
-    train_tokens = _of_all("train_tokens")
-    rope_scaling = _of_all("rope_scaling")
-    activation_checkpointing = _of_all("activation_checkpointing")
 
     def input_size_of(self, size: Sequence[int], factor: int = 1) -> tuple[int, int]:
         """The size of inputs for samples of a size, if all experts take them: see PyramidalPatchDiT.input_size_of."""

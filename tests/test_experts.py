@@ -321,6 +321,20 @@ def alone_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "0", folder / "1"]
 
 
+def test_files_of_experts_keep_their_predictions(tmp_path: Path) -> None:
+    files = []
+    for number, (sizes, prediction, interval) in enumerate(
+        (([2], "data", [0.0, EDGE]), ([4, 2], "data velocity", [EDGE, 1.0]))
+    ):
+        model = random_weights(PyramidalPatchDiT(**{**SMALL, "patch_sizes": sizes}))
+        process = {"level_edges": [0.6] * number, "interval": interval, "prediction": prediction}
+        files.append(convert_saved(model, tmp_path / f"{number}.pt", **process))
+    pipe = Pipeline.load(files)
+    assert pipe.transport.predictions == ("data", "data", "velocity")
+    assert pipe.transport.sample_interval == (0.0, 1.0)  # neither is singular at its own end
+    assert samples(pipe).isfinite().all()
+
+
 def test_a_run_of_experts_is_continued_bit_by_bit(joint_run: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", str(joint_run / "checkpoints" / "0000003.pt"), "--max-steps", "6", "--log-every", "1"]
     train([*flags, "--run-dir", str(tmp_path)])
@@ -341,23 +355,28 @@ def test_an_expert_starts_with_the_same_weights_alone_and_beside_others() -> Non
         assert same_weights(build_network("PPF-T-2", [part], 3, **fields).state_dict(), expert.state_dict())
 
 
-def test_experts_of_pyramids_train_with_every_way_to_save_memory(tmp_path: Path) -> None:
-    """The patch size changes within the second expert, as sizes and configs tell; a preview is drawn."""
+def test_experts_of_a_pyramid_train_and_show_samples(tmp_path: Path) -> None:
     flags = [*TINY, "--global-batch-size", "8", "--expert-snr", "0.25", "--max-steps", "1", "--log-every", "1"]
-    ways = {
-        "plain": "",
-        "bf16": "--precision bf16 --sample-every 0",
-        "recompute": "--activation-checkpointing --sample-every 0",
-    }
-    for name, way in ways.items():
+    for name, way in {"plain": "", "bf16": "--precision bf16 --sample-every 0"}.items():
         train([*flags, *way.split(), "--run-dir", str(tmp_path / name)])
     config = checkpoint(tmp_path / "plain", 1)["config"]
     assert [expert["patch_sizes"] for expert in config["model"]["experts"]] == [[[4, 4]], [[4, 4], [2, 2]]]
     assert config["model"]["experts"][0]["unit_patch"] == [2, 2]
     assert config["transport"]["level_edges"] == [pytest.approx(1 / 3), 0.5]
     assert (tmp_path / "plain" / "samples" / "0000001.png").exists()
-    assert losses(tmp_path / "recompute") == losses(tmp_path / "plain")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+
+
+def test_blocks_that_are_computed_again_have_the_same_gradients() -> None:
+    model, process = two_experts(input_size=8), create_transport(level_edges=(EDGE, 0.5))
+    x1, y, t = torch.randn(4, 4, 8, 8), torch.arange(4), torch.tensor([0.1, 0.4, 0.6, 0.2])
+    gradients = []
+    for again in (False, True):
+        model.zero_grad()
+        model.activation_checkpointing = again
+        parallel.LossModule(model, process)(x1, y, t, x1.flip(0))["loss"].mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.slow
@@ -573,7 +592,6 @@ def test_the_layouts_of_others_take_no_experts(joint_run: Path, alone_runs: list
     ("network", "process", "more", "message"),
     [
         ({}, {"path_type": "GVP"}, {}, "path_type is Linear in"),
-        ({}, {"prediction": "noise"}, {}, "prediction is velocity in"),
         ({}, {"sample_eps": 0.01}, {}, "sample_eps is None in"),
         ({}, {"aug_dim": 32.0}, {}, "aug_dim is None in"),
         ({"num_classes": 7}, {}, {}, "num_classes is 5 in"),

@@ -42,7 +42,7 @@ from weights.layouts import (
 from weights.published import PUBLISHED, download, published_name
 
 # What experts that sample together have in common, of the arguments of create_transport
-SAMPLING_PROCESS = ("path_type", "prediction", "train_eps", "sample_eps", "aug_dim")
+SAMPLING_PROCESS = ("path_type", "train_eps", "sample_eps", "aug_dim")
 
 
 class TrainedWeights(NamedTuple):
@@ -123,7 +123,8 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
 def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
     """Experts that were trained alone as one network with one process.
 
-    Their losses' weights and times may differ; the result has those of the first one.
+    Predictions, losses' weights and densities may differ: each level keeps its prediction, and the result has the first
+    expert's weight and density.
 
     Args:
         found: each with its source, in any order
