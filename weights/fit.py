@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from models import FIT, FIT_V2, PyramidalPatchDiT
+from models import PyramidalPatchDiT
 from positions import RopeScaling
+from registry import FIT, FIT_V2
 from runtime.files import check_tensors
 from weights.shapes import Shapes
 

@@ -22,8 +22,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from models import create_model, plain_spelling
+from models import create_model
 from positions import RopeScaling
+from registry import plain_spelling
 from runtime.files import check_tensors, complete_file
 from weights.files import choose_weights, read_file
 from weights.layouts import export_state_dict, foreign_layout
