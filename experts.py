@@ -68,7 +68,7 @@ class ExpertPatchDiT(
             )
         if any(not low < high for low, high in pairwise((0.0, *edges, 1.0))):
             raise ValueError(f"expert edges must ascend strictly between 0 and 1, got {edges}")
-        for name in ("in_channels", "input_size", "num_classes"):
+        for name in ("in_channels", "input_size", "num_classes", "position", "train_tokens"):
             values = [getattr(expert, name) for expert in self.experts]
             if len(set(values)) > 1:
                 raise ValueError(f"experts must have the same {name}, got {', '.join(map(str, values))}")
@@ -117,21 +117,29 @@ class ExpertPatchDiT(
     input_size = _shared("input_size")
     num_classes = _shared("num_classes")
     sample_shape = _shared("sample_shape")
+    position = _shared("position")
+    train_tokens = _shared("train_tokens")
+    rope_scaling = _shared("rope_scaling")
     activation_checkpointing = _shared("activation_checkpointing")
 
     @property
     def num_parameters(self) -> int:
         return sum(expert.num_parameters for expert in self.experts)
 
-    def num_tokens(self, level: int) -> int:
-        """Tokens T per sample at a level."""
-        expert, own = self.place(level)
-        return expert.num_tokens(own)
+    def input_size_of(self, size: Sequence[int], factor: int = 1) -> tuple[int, int]:
+        """The size of inputs for samples of a size, if all experts take them: see PyramidalPatchDiT.input_size_of."""
+        sizes = [expert.input_size_of(size, factor) for expert in self.experts]
+        return sizes[0]
 
-    def macs(self, level: int) -> int:
+    def num_tokens(self, level: int, size: tuple[int, int] | None = None) -> int:
+        """Tokens T per sample at a level: see PyramidalPatchDiT.num_tokens."""
+        expert, own = self.place(level)
+        return expert.num_tokens(own, size)
+
+    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
         """Multiply-accumulates of one evaluation for one sample: see PyramidalPatchDiT.macs."""
         expert, own = self.place(level)
-        return expert.macs(own)
+        return expert.macs(own, size)
 
     def describe(self) -> str:
         """Size of the experts in words."""
