@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.autoencoder import LatentSpace, load_autoencoder
 from data.datasets import open_dataset
 from data.images import ImageDataset, UnreadableImage, printable
-from data.latents import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
+from data.latent_files import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
 from runtime.distributed import agree, check_same_flags, on_main, start_processes
 from runtime.errors import UserError, run_script, user_input
 from runtime.files import complete_file

@@ -12,19 +12,23 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from data.images import ImageArchive, ImageFolderDataset
-from data.latents import LatentShards, digest, shard_files
+from data.latent_files import digest, shard_files
+from data.latents import LatentShards
+from data.sizes import SizeRule
 
 
 class AnyDataset(Protocol):
     """A list of (x, label) with random access.
 
-    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once.
+    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once; with a
+    rule of sizes, a list of (C, H, W).
     """
 
     kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (scaled for the network)
     num_classes: int
-    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W)
+    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W); of the square with a rule of sizes
     image_size: int | None  # side of the images; for latents, of the images behind them, if known
+    sizes: SizeRule | None  # of images that keep their aspect ratio; None where all are squares
     value_step: float | None  # distance of neighbouring pixel values, for bits per dimension; None for latents
 
     def __len__(self) -> int: ...
@@ -49,6 +53,7 @@ class Digits(Dataset):
     num_classes = 10
     image_shape = (1, 8, 8)
     image_size = 8
+    sizes = None
     value_step = 2 / 16
 
     def __init__(self) -> None:
@@ -78,13 +83,16 @@ LOOKED_FOR = (
 )
 
 
-def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoencoder | None = None) -> AnyDataset:
+def open_dataset(
+    path: str, image_size: int | None = None, autoencoder: Autoencoder | None = None, sizes: SizeRule | None = None
+) -> AnyDataset:
     """The dataset that a path holds.
 
     Args:
         path:        --data-path
         image_size:  side of the images; None for the dataset's own (folders of images 256)
         autoencoder: that of --vae, if given: it scales LightningDiT's latent files
+        sizes:       rule of the images' sizes, where they keep their aspect ratio
 
     Raises:
         FileNotFoundError: if the path does not exist or holds nothing to train on.
@@ -93,17 +101,19 @@ def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoenco
     if path == "digits":
         if image_size not in (None, Digits.image_size):
             raise ValueError(f"digits are 8x8: leave --image-size {image_size} out")
+        if sizes is not None:
+            raise ValueError("digits are 8x8, all of them: leave --max-tokens out")
         return Digits()
     if not Path(path).exists():
         raise FileNotFoundError(f"--data-path {path} does not exist: looked for {LOOKED_FOR}")
     if not Path(path).is_dir():
         if not zipfile.is_zipfile(path):
             raise ValueError(f"--data-path {path} is a file, but no zip archive: looked for {LOOKED_FOR}")
-        return ImageArchive(path, image_size)
+        return ImageArchive(path, image_size, sizes)
     if shard_files(path):
-        return LatentShards(path, autoencoder, image_size)
+        return LatentShards(path, autoencoder, image_size, sizes)
     try:
-        return ImageFolderDataset(path, 256 if image_size is None else image_size)
+        return ImageFolderDataset(path, 256 if image_size is None else image_size, sizes)
     except FileNotFoundError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
@@ -112,7 +122,12 @@ def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoenco
 
 
 def open_training_data(
-    path: str, image_size: int | None, vae: str | None, shown: bool, device: torch.device
+    path: str,
+    image_size: int | None,
+    vae: str | None,
+    shown: bool,
+    device: torch.device,
+    sizes: SizeRule | None = None,
 ) -> tuple[AnyDataset, Autoencoder | None, str]:
     """The dataset that a network is trained on, and the autoencoder of its latents.
 
@@ -121,6 +136,7 @@ def open_training_data(
         vae:              --vae; None for the dataset's own, or Stable Diffusion's
         shown:            samples are decoded, for previews or evaluations
         device:           where the autoencoder computes
+        sizes:            as for `open_dataset`
 
     Returns:
         the dataset; the autoencoder, None where nothing is encoded or shown; the autoencoder's name.
@@ -129,7 +145,7 @@ def open_training_data(
         ValueError, OSError: if either cannot be had, or they do not fit together.
     """
     autoencoder = load_autoencoder(vae, device) if vae else None
-    dataset = open_dataset(path, image_size, autoencoder)
+    dataset = open_dataset(path, image_size, autoencoder, sizes)
     if dataset.kind == "digits" and vae not in (None, "none"):
         raise ValueError(f"digits are trained on as pixels: leave --vae {vae} out")
     default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]
