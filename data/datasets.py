@@ -20,13 +20,13 @@ from data.sizes import SizeRule
 class AnyDataset(Protocol):
     """A list of (x, label) with random access.
 
-    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once; with a
-    rule of sizes, a list of (C, H, W).
+    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once; where
+    there is a rule of sizes, a list of (C, H, W).
     """
 
     kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (scaled for the network)
     num_classes: int
-    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W); of the square with a rule of sizes
+    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W); of a square one with a rule of sizes
     image_size: int | None  # side of the images; for latents, of the images behind them, if known
     sizes: SizeRule | None  # of images that keep their aspect ratio; None where all are squares
     value_step: float | None  # distance of neighbouring pixel values, for bits per dimension; None for latents
@@ -35,6 +35,10 @@ class AnyDataset(Protocol):
 
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
         """One x (C, H, W) float32 and its label; the generator augments it; None for no augmentation."""
+        ...
+
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Let images keep their aspect ratio, at the sizes of a rule (ValueError where the data do not allow it)."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -70,6 +74,10 @@ class Digits(Dataset):
         """Image (1, 8, 8) and label; no augmentation, because a mirrored digit is no digit."""
         return self.images[index], int(self.labels[index])
 
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Refuse: all digits are squares."""
+        raise ValueError("digits are 8x8, all of them: leave --max-tokens out")
+
     def identity(self) -> dict[str, Any]:
         """See AnyDataset; the images are so small that the digest is of their values."""
         names, labels = digest(self.images.numpy()), digest(self.labels.numpy())
@@ -83,16 +91,13 @@ LOOKED_FOR = (
 )
 
 
-def open_dataset(
-    path: str, image_size: int | None = None, autoencoder: Autoencoder | None = None, sizes: SizeRule | None = None
-) -> AnyDataset:
+def open_dataset(path: str, image_size: int | None = None, autoencoder: Autoencoder | None = None) -> AnyDataset:
     """The dataset that a path holds.
 
     Args:
         path:        --data-path
         image_size:  side of the images; None for the dataset's own (folders of images 256)
         autoencoder: that of --vae, if given: it scales LightningDiT's latent files
-        sizes:       rule of the images' sizes, where they keep their aspect ratio
 
     Raises:
         FileNotFoundError: if the path does not exist or holds nothing to train on.
@@ -101,19 +106,17 @@ def open_dataset(
     if path == "digits":
         if image_size not in (None, Digits.image_size):
             raise ValueError(f"digits are 8x8: leave --image-size {image_size} out")
-        if sizes is not None:
-            raise ValueError("digits are 8x8, all of them: leave --max-tokens out")
         return Digits()
     if not Path(path).exists():
         raise FileNotFoundError(f"--data-path {path} does not exist: looked for {LOOKED_FOR}")
     if not Path(path).is_dir():
         if not zipfile.is_zipfile(path):
             raise ValueError(f"--data-path {path} is a file, but no zip archive: looked for {LOOKED_FOR}")
-        return ImageArchive(path, image_size, sizes)
+        return ImageArchive(path, image_size)
     if shard_files(path):
-        return LatentShards(path, autoencoder, image_size, sizes)
+        return LatentShards(path, autoencoder, image_size)
     try:
-        return ImageFolderDataset(path, 256 if image_size is None else image_size, sizes)
+        return ImageFolderDataset(path, 256 if image_size is None else image_size)
     except FileNotFoundError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
@@ -122,12 +125,7 @@ def open_dataset(
 
 
 def open_training_data(
-    path: str,
-    image_size: int | None,
-    vae: str | None,
-    shown: bool,
-    device: torch.device,
-    sizes: SizeRule | None = None,
+    path: str, image_size: int | None, vae: str | None, shown: bool, device: torch.device
 ) -> tuple[AnyDataset, Autoencoder | None, str]:
     """The dataset that a network is trained on, and the autoencoder of its latents.
 
@@ -136,7 +134,6 @@ def open_training_data(
         vae:              --vae; None for the dataset's own, or Stable Diffusion's
         shown:            samples are decoded, for previews or evaluations
         device:           where the autoencoder computes
-        sizes:            as for `open_dataset`
 
     Returns:
         the dataset; the autoencoder, None where nothing is encoded or shown; the autoencoder's name.
@@ -145,7 +142,7 @@ def open_training_data(
         ValueError, OSError: if either cannot be had, or they do not fit together.
     """
     autoencoder = load_autoencoder(vae, device) if vae else None
-    dataset = open_dataset(path, image_size, autoencoder, sizes)
+    dataset = open_dataset(path, image_size, autoencoder)
     if dataset.kind == "digits" and vae not in (None, "none"):
         raise ValueError(f"digits are trained on as pixels: leave --vae {vae} out")
     default = {"digits": "none", "images": "ema", "latents": getattr(dataset, "vae", None)}[dataset.kind]

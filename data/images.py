@@ -113,7 +113,6 @@ class ImageDataset(Dataset, ABC):
         labels:      their class numbers
         num_classes: number of classes
         image_size:  side of the squares that they are cropped to
-        sizes:       rule of their sizes instead, where they keep their aspect ratio; its square is the image size then
     """
 
     kind = "images"
@@ -125,17 +124,20 @@ class ImageDataset(Dataset, ABC):
         labels: Sequence[int],
         num_classes: int,
         image_size: int,
-        sizes: SizeRule | None = None,
     ) -> None:
         self.names = PackedStrings(names)
         self.labels = np.asarray(labels, np.int64)
         self.num_classes = num_classes
-        self.sizes = sizes
-        self.image_size = image_size if sizes is None else sizes.square
+        self.sizes: SizeRule | None = None
+        self.image_size = image_size
         self.image_shape = (3, image_size, image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Keep the aspect ratio of the images, instead of cropping all to squares."""
+        self.sizes, self.image_size, self.image_shape = sizes, sizes.square, (3, sizes.square, sizes.square)
 
     def identity(self) -> dict[str, Any]:
         """See AnyDataset; classes and images are known by the names of their folders and files."""
@@ -167,11 +169,18 @@ class ImageDataset(Dataset, ABC):
         kind = OSError if self.is_disk_error(error) else UnreadableImage
         return kind(f"cannot read the image {self.image_name(index)}: {printable(' '.join(reason.split()))}")
 
-    def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
+    def load(
+        self, index: int, generator: torch.Generator | None = None, square: bool = False
+    ) -> tuple[torch.Tensor, int]:
         """Image (3, H, W) and label; with a generator, mirrored half of the time.
 
         H and W are the image size, or follow from the rule of sizes: those of the image's own aspect ratio, or the
-        square's with the rule's probability, which only a generator draws.
+        square's.
+
+        Args:
+            index:     number of the image
+            generator: draws if it is mirrored, and which version of many sizes it is; None for no augmentation
+            square:    the version where nothing is drawn; images without a square version have but one
 
         Raises:
             UnreadableImage: if the file cannot be read as one.
@@ -182,13 +191,21 @@ class ImageDataset(Dataset, ABC):
                 image = read_rgb(file)
         except Exception as error:  # at damaged files Pillow raises SyntaxError, struct.error, MemoryError, ...
             raise self.unreadable(index, error) from error
-        mirrored, square = (False, False) if generator is None else draw_version(generator, self.sizes)
+        mirrored, square = (False, square) if generator is None else draw_version(generator, self.sizes)
         height, width = self.size_of(image.size, square)
         pixels = cover_and_crop(image, height, width)
         if mirrored:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         return tensor.float() / 127.5 - 1, int(self.labels[index])
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image in its file, read from the header alone (exceptions as of `load`)."""
+        try:
+            with self.open_image(index) as file, Image.open(file) as opened:
+                return opened.size
+        except Exception as error:  # as in load
+            raise self.unreadable(index, error) from error
 
     def size_of(self, image_size: tuple[int, int], square: bool) -> tuple[int, int]:
         """Size (H, W) that an image of this width and height gets, as the square version or not."""
@@ -203,18 +220,17 @@ class ImageFolderDataset(ImageDataset):
     Args:
         path:       the folder
         image_size: side of the square in pixels
-        sizes:      rule of the images' sizes, instead of the square
 
     Raises:
         FileNotFoundError: if the folder has no class folders, or one without images.
     """
 
-    def __init__(self, path: str | Path, image_size: int, sizes: SizeRule | None = None) -> None:
+    def __init__(self, path: str | Path, image_size: int) -> None:
         folder = ImageFolder(str(path))
         files, labels = zip(*folder.samples, strict=True)
         self.root = os.path.join(folder.root, "")
         names = [os.fsencode(file.removeprefix(self.root)) for file in files]
-        super().__init__(names, labels, len(folder.classes), image_size, sizes)
+        super().__init__(names, labels, len(folder.classes), image_size)
 
     def path_of(self, index: int) -> str:
         """Path of an image's file."""
@@ -242,14 +258,13 @@ class ImageArchive(ImageDataset):
     Args:
         path:       the archive
         image_size: side of the square in pixels; None for that of the first image
-        sizes:      rule of the images' sizes, instead of the square
 
     Raises:
         ValueError: if the file is no such archive.
         UnreadableImage: if the size is that of the first image, and this cannot be read.
     """
 
-    def __init__(self, path: str | Path, image_size: int | None = None, sizes: SizeRule | None = None) -> None:
+    def __init__(self, path: str | Path, image_size: int | None = None) -> None:
         self.path = str(path)
         self._file: BinaryIO | None = None
         try:
@@ -281,13 +296,9 @@ class ImageArchive(ImageDataset):
             raise ValueError(f"{path} is damaged: its directory holds sizes that no file has")
         self.entries = np.array(numbers, np.int64)
         self.deflated = np.array([entries[name].compress_type == zipfile.ZIP_DEFLATED for name in names])
-        super().__init__([name.encode() for name in names], labels, max(labels) + 1, image_size or 0, sizes)
-        if image_size is None and sizes is None:
-            try:
-                with self.open_image(0) as file, Image.open(file) as first:
-                    image_size = min(first.size)
-            except Exception as error:  # as in load
-                raise self.unreadable(0, error) from error
+        super().__init__([name.encode() for name in names], labels, max(labels) + 1, image_size or 0)
+        if image_size is None:
+            image_size = min(self.stored_size(0))
             self.image_size, self.image_shape = image_size, (3, image_size, image_size)
 
     def identity(self) -> dict[str, Any]:

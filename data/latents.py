@@ -35,7 +35,6 @@ class LatentShards(Dataset):
         path:        the folder
         autoencoder: the autoencoder of --vae, if given
         image_size:  side of the images, to be checked
-        sizes:       rule of sizes, to be checked; its crop probability is the one that counts
 
     Attributes:
         vae:         name of the autoencoder; None if neither the files nor --vae name it
@@ -57,7 +56,6 @@ class LatentShards(Dataset):
         path: str | Path,
         autoencoder: Autoencoder | None = None,
         image_size: int | None = None,
-        sizes: SizeRule | None = None,
     ) -> None:
         shards = [Shard.read(file) for file in shard_files(path)]
         if not shards:
@@ -128,19 +126,15 @@ class LatentShards(Dataset):
                 f"{path} holds latents of {self.image_size}x{self.image_size} images: "
                 f"leave --image-size {image_size} out, or extract them at that size"
             )
-        if sizes is not None:
-            self._take_rule(sizes, path)
 
-    def _take_rule(self, sizes: SizeRule, path: str | Path) -> None:
-        """Take the crop probability of a rule of sizes (ValueError if it is not the rule of the files otherwise)."""
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Take the crop probability of a rule of sizes; the files have the sizes (ValueError if of another rule)."""
         if self.sizes is None:
-            raise ValueError(f"{path} holds latents of one size: leave --max-tokens out, or extract them with it")
+            raise ValueError("these latents are of one size: leave --max-tokens out, or extract them with --max-tokens")
         for name in SIZES[:2]:
             if getattr(sizes, name) != getattr(self.sizes, name):
-                raise ValueError(
-                    f"{path} was extracted with {name} = {getattr(self.sizes, name)}, not {getattr(sizes, name)}: "
-                    "leave the sizes out"
-                )
+                flag = {"max_tokens": "--max-tokens", "multiple": "--size-multiple"}[name]
+                raise ValueError(f"these latents were extracted with {flag} {getattr(self.sizes, name)}: leave it out")
         self.sizes = replace(self.sizes, crop_probability=sizes.crop_probability)
 
     def __len__(self) -> int:

@@ -66,8 +66,11 @@ class SizeRule:
         return _best_size(width, height, self.max_area, self.multiple)
 
     def has_square(self, width: int, height: int) -> bool:
-        """Tell if an image also has a square version: FiTv2 crops those that are larger than S on both sides."""
-        return min(width, height) > self.square
+        """Tell if an image also has a square version: FiTv2 crops those that are larger than S on both sides.
+
+        An image that is a square anyway has but one.
+        """
+        return min(width, height) > self.square and self.size_of(width, height) != (self.square, self.square)
 
 
 @lru_cache(maxsize=4096)
