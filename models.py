@@ -33,6 +33,14 @@ MODEL_CARD = Path(__file__).parent / "weights" / "model_card.md"  # a template
 
 Groups = Sequence[torch.Tensor]  # one tensor for each group of samples; all samples of a group are at the same level
 
+
+def patch_embedder(patch_features: int, hidden_size: int, bottleneck: int | None) -> nn.Module:
+    """Patches (N, T, p*q*C) -> (N, T, D), by one linear layer, or by two and no bias in the first."""
+    if bottleneck is None:
+        return nn.Linear(patch_features, hidden_size)
+    return nn.Sequential(nn.Linear(patch_features, bottleneck, bias=False), nn.Linear(bottleneck, hidden_size))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Conditioning
 
@@ -185,6 +193,8 @@ class PyramidalPatchDiT(
         mlp_ratio:   inner width of the MLP over D
         num_classes: number of classes, and the id of the null label: the table has num_classes + 1 rows
         learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
+        bottleneck:  embed patches by two linear layers with so many values in between (JiT, arXiv:2511.13720); None
+                     for one layer
 
     Raises:
         ValueError: if a patch does not divide the input, or the widths do not fit together.
@@ -201,6 +211,7 @@ class PyramidalPatchDiT(
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        bottleneck: int | None = None,
     ) -> None:
         super().__init__()
         self.input_size = _pair(input_size)
@@ -212,11 +223,12 @@ class PyramidalPatchDiT(
         self.mlp_ratio = mlp_ratio
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.bottleneck = bottleneck
         self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
 
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
-        self.x_embedder = nn.ModuleList(nn.Linear(features, hidden_size) for features in patch_features)
+        self.x_embedder = nn.ModuleList(patch_embedder(size, hidden_size, bottleneck) for size in patch_features)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = table_embedder(num_classes + 1, hidden_size)  # the null label's row is the last one
         if self.num_levels > 1:
@@ -246,6 +258,12 @@ class PyramidalPatchDiT(
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
+            widest = min(p * q * self.in_channels, self.hidden_size) - 1
+            if self.bottleneck is not None and not 1 <= self.bottleneck <= widest:
+                raise ValueError(
+                    f"a bottleneck of {self.bottleneck} is none between the {p * q * self.in_channels} values of a "
+                    f"{p}x{q} patch and the width {self.hidden_size}: give 1 to {widest}"
+                )
 
     def position_embedding(self, level: int) -> torch.Tensor:
         """(T, D) sine-cosine embedding of a level's token grid."""
@@ -257,7 +275,8 @@ class PyramidalPatchDiT(
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -415,11 +434,32 @@ PATCH_SIZES = {
     "SiT-{}/8": ((8, 8),),
 }
 
+# The same for pixels, named after the finest patch: 16 for 256x256 images and 32 for 512x512, 256 tokens in both.
+PIXEL_PATCH_SIZES = {
+    "PPF-{}-2/16": ((32, 32), (16, 16)),
+    "PPF-{}-3/16": ((32, 32), (16, 32), (16, 16)),
+    "PPF-{}-2/32": ((64, 64), (32, 32)),
+    "PPF-{}-3/32": ((64, 64), (32, 64), (32, 32)),
+    "SiT-{}/16": ((16, 16),),
+    "SiT-{}/32": ((32, 32),),
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     name.format(size): {"patch_sizes": patch_sizes, **fields}
     for size, fields in SIZES.items()
     for name, patch_sizes in PATCH_SIZES.items()
     if size != "T" or patch_sizes[-1] == (2, 2)  # the tiny size is for images of few tokens
+}
+MODELS |= {
+    name.format(size): {
+        "patch_sizes": patch_sizes,
+        **SIZES[size],
+        "input_size": 16 * patch_sizes[-1][0],
+        "in_channels": 3,
+        "learn_sigma": False,
+    }
+    for size in ("B", "L")
+    for name, patch_sizes in PIXEL_PATCH_SIZES.items()
 }
 
 

@@ -29,7 +29,7 @@ from models import PyramidalPatchDiT
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, PatchSchedule, Sampler, Transport, create_transport
+from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
 from weights.pretrained import load_pretrained
 
@@ -375,8 +375,7 @@ class Pipeline:
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on."""
         other = self._with_model(_FinestLevel(self.model))
-        other.transport = copy.copy(self.transport)
-        other.transport.schedule = PatchSchedule()
+        other.transport = self.transport.finest_only()
         return other
 
     def counted(self, progress: tqdm | None = None) -> Pipeline:

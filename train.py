@@ -85,12 +85,16 @@ class Training:
 
 
 def build(
-    args: argparse.Namespace, processes: distributed.Processes, new: bool
+    args: argparse.Namespace, processes: distributed.Processes, stored: dict[str, Any] | None
 ) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
-    A run that is continued (not `new`) keeps a process that is refused by now. ValueError and OSError say what is
-    missing, or does not fit the rest.
+    Args:
+        stored: the config of a run that is continued: it keeps its layout of the head, and a process that is refused
+                by now
+
+    Raises:
+        ValueError, OSError: if something is missing, or does not fit the rest.
     """
     dataset, autoencoder, vae = open_training_data(
         args.data_path, args.image_size, args.vae, bool(args.sample_every or args.eval_every), processes.device
@@ -100,11 +104,21 @@ def build(
     num_classes = args.num_classes or dataset.num_classes
     if num_classes < dataset.num_classes:
         raise ValueError(f"--num-classes {num_classes} is too few: {args.data_path} has {dataset.num_classes}")
+    pixels = vae == "none" and dataset.kind != "latents"
+    fields = {
+        "input_size": input_size,
+        "in_channels": channels,
+        "num_classes": num_classes,
+        "bottleneck": args.bottleneck,
+        "learn_sigma": stored["model"]["learn_sigma"] if stored else not pixels,
+    }
+    if args.patch_sizes:
+        fields["patch_sizes"] = args.patch_sizes
     torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
-    model = create_model(args.model, input_size=input_size, in_channels=channels, num_classes=num_classes)
+    model = create_model(args.model, **fields)
     cli.check_numbers(args, model.num_levels, processes.world_size)
     process = cli.process_from(args, model.num_levels)
-    transport = create_transport(**process, check_ends=new)
+    transport = create_transport(**process, check_ends=stored is None)
     transport.check_levels(model)
     cli.guidance_from(args).of(model)
     resolved = {
@@ -150,7 +164,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     # Data, network and process
     speed.set_determinism(processes.device, args.deterministic)
     dataset, autoencoder, model, transport, config = distributed.agree(
-        lambda: build(args, processes, new=stored is None), processes
+        lambda: build(args, processes, stored and stored["config"]), processes
     )
     args = argparse.Namespace(**config["args"])
     if stored:
@@ -162,7 +176,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
         source_of = args.eval_ref, args.eval_features, args.eval_weights, args.eval_num
         shape = Pipeline(model, transport, autoencoder).image_shape
         evaluation = TrainingEvaluation(*source_of, dataset.num_classes, shape, processes)
-    folder_name = f"{args.model}-{args.path_type}-{args.prediction}"
+    folder_name = f"{args.model}-{args.path_type}-{args.prediction.replace(' ', '-')}"
     folder = distributed.on_main(lambda: run.make_run_dir(args.run_dir, args.results_dir, folder_name), processes)
 
     # Weights, average and optimizer, placed on the devices
@@ -239,7 +253,7 @@ class Batch:
 
 
 def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, torch.Tensor]:
-    """Leave the gradient of the mean loss in the parameters; returns "loss" (n,) and "level" (n,) of the samples."""
+    """Leave the gradient of the mean loss in the parameters; returns the samples' terms but for their times."""
     parts = []
     for start in range(0, len(batch.y), micro_batch):
         part = slice(start, start + micro_batch)
@@ -250,8 +264,9 @@ def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, t
         with speed.use_precision(t.args.precision, t.processes.device):
             terms = t.loss(x1, batch.y[part], batch.t[part], batch.x0[part])
         (terms["loss"].mean() / t.args.gradient_accumulation_steps).backward()
-        parts.append({"loss": terms["loss"].detach().float(), "level": terms["level"]})
-    return {key: torch.cat([part[key] for part in parts]) for key in ("loss", "level")}
+        values = {key: terms[key].detach().float() for key in ("loss", "velocity_error")}
+        parts.append({**values, "level": terms["level"]})
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def train_steps(t: Training, this_run: run.Run) -> None:

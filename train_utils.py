@@ -21,6 +21,7 @@ from runtime.speed import PRECISIONS
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
+    LOSS_WEIGHTS,
     ODE,
     ODE_METHODS,
     PATHS,
@@ -110,6 +111,26 @@ def augmented_dimension(text: str) -> float | None:
 
 
 augmented_dimension.__name__ = "float"
+
+
+def patch_size(text: str) -> tuple[int, int]:
+    """Argparse type for (height, width) of a patch: "4" for a square one, "4x8" for another."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no patch: give its side, or HxW as 4x8")
+    return sides[0], sides[-1]
+
+
+patch_size.__name__ = "patch"
+
+
+class JoinWords(argparse.Action):
+    """Keep the words of a flag as one text: "data velocity"."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, " ".join(values))
+
+
 positive_int = number(int, 1)
 natural_int = number(int, 0)
 positive_float = number(float, 0, open_ends=True)
@@ -118,9 +139,10 @@ probability = number(float, 0, 1)
 
 
 def optional_choice(*choices: str) -> dict[str, Any]:
-    """Arguments of add_argument for a choice among names where "None" means None."""
+    """Arguments of add_argument for a choice among names where "None" means None, and _ may stand for -."""
 
     def parse(text: str) -> str | None:
+        text = text.replace("_", "-")
         if text not in ("None", *choices):
             raise argparse.ArgumentTypeError(f"{text!r} is not one of None, {', '.join(choices)}")
         return None if text == "None" else text
@@ -150,7 +172,25 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
         type=some_text,
         help="'digits', a folder of class folders, a zip file, or latents (default: that of the run that is continued)",
     )
-    add("--model", default="PPF-XL-2", help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2")
+    add(
+        "--model",
+        default="PPF-XL-2",
+        help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2; for pixels PPF-{B,L}-{2,3}/{16,32}, "
+        "SiT-{B,L}/{16,32}",
+    )
+    add(
+        "--patch-sizes",
+        type=patch_size,
+        nargs="+",
+        metavar="P",
+        help="other patches than --model's, one per level, coarsest first: a side, or HxW as 4x8",
+    )
+    add(
+        "--bottleneck",
+        type=positive_int,
+        metavar="D",
+        help="embed patches by two linear layers with D values in between (default: by one)",
+    )
     add("--patch-level", type=positive_int, help="number of levels, checked against --model's")
     add("--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)")
     add("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
@@ -321,8 +361,22 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
     """Add --path-type and the other arguments of create_transport, as training chooses them."""
     add = parser.add_argument_group("transport").add_argument
     add("--path-type", choices=list(PATHS), default="Linear", help="interpolant between noise and data")
-    add("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
-    add("--loss-weight", help="weight of the loss over time", **optional_choice("velocity", "likelihood"))
+    add(
+        "--prediction",
+        choices=PREDICTIONS,
+        nargs="+",
+        action=JoinWords,
+        default="velocity",
+        help="what the network predicts: one for all levels, or one per level (coarsest first)",
+    )
+    add("--loss-weight", help="weight of the loss over time", **optional_choice(*LOSS_WEIGHTS[1:]))
+    add(
+        "--loss-weight-value",
+        type=finite_float,
+        metavar="X",
+        help="number of the weight: gamma of p2 (default: 0.5), min-snr (5) and soft-min-snr (1), the data's standard "
+        "deviation of edm (1), the bias of sigmoid (0)",
+    )
     add("--train-eps", type=finite_float, help="distance of training from singular ends of [0, 1]")
     add("--sample-eps", type=finite_float, help="distance of sampling from singular ends of [0, 1]")
     add(
@@ -350,7 +404,7 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
 
 
 PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "aug_dim", "time_sampling", "time_params")
+TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "loss_weight_value", "aug_dim", "time_sampling", "time_params")
 
 
 def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
@@ -387,8 +441,14 @@ def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         "process", "as given to train.py; a checkpoint tells them, and they are checked against it (but --sample-eps)"
     ).add_argument
     add("--path-type", choices=list(PATHS), help="interpolant between noise and data")
-    add("--prediction", choices=PREDICTIONS, help="what the network predicts")
-    add("--loss-weight", help="of the training alone", **optional_choice("velocity", "likelihood"))
+    add(
+        "--prediction",
+        choices=PREDICTIONS,
+        nargs="+",
+        action=JoinWords,
+        help="what the network predicts: one for all levels, or one per level",
+    )
+    add("--loss-weight", help="of the training alone", **optional_choice(*LOSS_WEIGHTS[1:]))
     add("--train-eps", type=finite_float, help="of the training alone")
     add("--sample-eps", type=finite_float, help="distance from singular ends of [0, 1] (default: the checkpoint's)")
     return add

@@ -139,7 +139,8 @@ def parts_of(step: Step, name: str, folder: Path) -> str:
 
     log = RunLog(folder, 0, {})
     meter = StepMeter(step.model.num_levels, batch, device)
-    terms = {"loss": torch.ones(batch, device=device), "level": torch.zeros(batch, dtype=torch.long, device=device)}
+    ones, level = torch.ones(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    terms = {"loss": ones, "velocity_error": ones, "level": level}
 
     def write_record() -> None:
         meter.add_losses(terms)

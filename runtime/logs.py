@@ -141,7 +141,7 @@ class RunLog:
 
 
 class StepMeter:
-    """Averages over the steps since the last record: loss of each level, gradient norm, time.
+    """Averages over the steps since the last record: loss and velocity error of each level, gradient norm, time.
 
     Losses are added up on the device, so that a step waits for nothing.
 
@@ -153,7 +153,7 @@ class StepMeter:
 
     def __init__(self, num_levels: int, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
-        self._sums = torch.zeros(2, num_levels, device=device)  # loss and number of samples, by level
+        self._sums = torch.zeros(3, num_levels, device=device)  # loss, velocity error, number of samples, by level
         self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
 
     @property
@@ -162,9 +162,9 @@ class StepMeter:
         return time.perf_counter() - self._start
 
     def add_losses(self, terms: dict[str, torch.Tensor]) -> None:
-        """Add "loss" (n,) of samples of the levels "level" (n,)."""
-        self._sums[0].index_add_(0, terms["level"], terms["loss"])
-        self._sums[1].index_add_(0, terms["level"], torch.ones_like(terms["loss"]))
+        """Add "loss" and "velocity_error" (n,) of samples of the levels "level" (n,)."""
+        values = torch.stack([terms["loss"], terms["velocity_error"], torch.ones_like(terms["loss"])])
+        self._sums.index_add_(1, terms["level"], values)
 
     def step_done(self, grad_norm: float) -> None:
         """Count a step."""
@@ -179,10 +179,11 @@ class StepMeter:
 
     def record(self, step: int, lr: float, epoch: float) -> dict[str, Any]:
         """One record of metrics.jsonl, and begin anew; a level without samples is null. Collective."""
-        loss, count = parallel.all_reduce(self._sums).tolist()
+        loss, error, count = parallel.all_reduce(self._sums).tolist()
         values = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": self._grad_norms / self._steps, "lr": lr}
-        for level, (total, number) in enumerate(zip(loss, count, strict=True)):
-            values[f"loss_level_{level}"] = total / number if number else None
+        for name, sums in (("loss", loss), ("velocity_error", error)):
+            for level, (total, number) in enumerate(zip(sums, count, strict=True)):
+                values[f"{name}_level_{level}"] = total / number if number else None
         values["epoch"] = epoch
         values["step_time"] = self.seconds / self._steps
         values["images_per_second"] = self.batch_size * self._steps / self.seconds

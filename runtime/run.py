@@ -318,8 +318,11 @@ class Run:
         if self.log:
             self.log.record(values)
             rate, seconds = values["images_per_second"], values["step_time"]
+            errors = [values[name] for name in values if name.startswith("velocity_error")]
+            by_level = " / ".join("-" if error is None else f"{error:.4f}" for error in errors)
             self.say(
-                f"step {values['step']}: loss {values['loss']:.4f}, {rate:.0f} images/s, {seconds * 1e3:.0f} ms/step"
+                f"step {values['step']}: loss {values['loss']:.4f}, velocity error {by_level}, {rate:.0f} images/s, "
+                f"{seconds * 1e3:.0f} ms/step"
             )
 
     def record_evaluation(self, step: int, name: str, distance: float, seconds: float) -> None:

@@ -45,7 +45,7 @@ class Arbitrary:
     [
         ({"path_type": "linear"}, "Linear, GVP, VP"),
         ({"prediction": "v"}, "velocity, noise, score, data"),
-        ({"loss_weight": "snr"}, "None, velocity, likelihood"),
+        ({"loss_weight": "min_snr"}, "None, velocity, likelihood"),
     ],
 )
 def test_unknown_names_are_refused_with_the_choices(wrong: dict[str, str], choices: str):

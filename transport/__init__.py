@@ -18,7 +18,8 @@ from transport.solvers import (
     check_ode_method,
 )
 from transport.times import TIME_SAMPLINGS
-from transport.transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport
+from transport.transport import PREDICTIONS, Transport, create_transport
+from transport.weights import LOSS_WEIGHTS
 
 __all__ = [
     "ADAPTIVE_METHODS",

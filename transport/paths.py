@@ -26,6 +26,7 @@ class Path(ABC):
 
     name: str
     regular_at_noise = False  # True where alpha > 0 at t = 0: every quantity is finite there, so no interval is cut
+    singular_eps = (1e-3, 1e-3)  # distance from the ends of [0, 1], where one is singular: of training, of sampling
 
     @abstractmethod
     def coefficients(self, t: torch.Tensor) -> Coefficients:
@@ -39,12 +40,6 @@ class Path(ABC):
         """alpha / (alpha + sigma) at times t: the time at which Linear has the same ratio of data to noise."""
         alpha, sigma, _, _ = self.coefficients(t)
         return alpha / (alpha + sigma)
-
-    def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
-        """Distance from the singular ends of [0, 1] in training and in sampling: SiT's, where it has one."""
-        if prediction == "velocity":
-            return 1e-3 if loss_weight == "likelihood" else 0.0, 0.0
-        return 1e-3, 1e-3
 
     def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t for noise x0 (N, ...), data x1 (N, ...) and times t (N,)."""
@@ -89,6 +84,7 @@ class VPPath(Path):
 
     name = "VP"
     regular_at_noise = True
+    singular_eps = (1e-5, 1e-3)
     beta_min, beta_max = 0.1, 20.0
 
     def coefficients(self, t: torch.Tensor) -> Coefficients:
@@ -105,9 +101,6 @@ class VPPath(Path):
         integral = torch.log1p(((1 - share) / share).square())
         slope = self.beta_max - self.beta_min
         return 1 - 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
-
-    def default_eps(self, prediction: str, loss_weight: str | None) -> tuple[float, float]:
-        return 1e-5, 1e-3
 
 
 PATHS: dict[str, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}

@@ -204,11 +204,12 @@ class Sampler:
 
     def _sde_drift(self, model: Model, interval: Interval, y: torch.Tensor | None, form: str, norm: float):
         network, transport = self._network(model, interval), self.transport
+        source = transport.prediction_at(interval.level)
 
         def drift(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             times = t.to(x.dtype).expand(len(x))
             output = network(x, times, y=y)
-            velocity, score = (transport.convert(output, x, times, target) for target in ("velocity", "score"))
+            velocity, score = (transport.convert(output, x, times, target, source) for target in ("velocity", "score"))
             return velocity + like(self.diffusion(times, form, norm), x) * score
 
         return drift
@@ -312,10 +313,11 @@ class Sampler:
     def _estimate(self, model: Model, interval: Interval, y: torch.Tensor | None, target: str):
         """The network's velocity or data, as a function (0-d time, x) of one interval."""
         network, transport = self._network(model, interval), self.transport
+        source = transport.prediction_at(interval.level)
 
         def estimate(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             times = t.to(x.dtype).expand(len(x))
-            return transport.convert(network(x, times, y=y), x, times, target)
+            return transport.convert(network(x, times, y=y), x, times, target, source)
 
         return estimate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,12 +14,12 @@ from transport.noise import GaussianNoise, StudentTNoise, to_device
 from transport.paths import PATHS, Coefficients, Path, like
 from transport.schedule import PatchSchedule
 from transport.times import Density, density_of, probabilities, times_of
+from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
 Model = Callable[..., torch.Tensor]
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
-LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
 class LinearRow(NamedTuple):
@@ -27,6 +28,10 @@ class LinearRow(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     scale: torch.Tensor
+
+    def determinant(self, c: Coefficients) -> torch.Tensor:
+        """Of the system of this row and the path's; up to its sign the n of transport/weights.py."""
+        return c.alpha * self.b - c.sigma * self.a
 
 
 def target_row(quantity: str, c: Coefficients) -> LinearRow:
@@ -45,36 +50,55 @@ class Transport:
     """The process between noise and data that a network learns; built by `create_transport`.
 
     Args:
-        path:        the interpolant
-        prediction:  the network's output: "velocity", "noise", "score" or "data"
-        loss_weight: None, "velocity" or "likelihood"
-        train_eps:   training stays this far from singular ends of [0, 1]; None for the default
-        sample_eps:  the same for sampling and likelihood
-        schedule:    which level is active when
-        noise:       the distribution of x_0; None for N(0, I)
-        density:     of the times of training; None for uniform ones
+        path:              the interpolant
+        predictions:       the network's output at each level: "velocity", "noise", "score" or "data"
+        loss_weight:       one of LOSS_WEIGHTS
+        train_eps:         training stays this far from singular ends of [0, 1]; None for the default
+        sample_eps:        the same for sampling and likelihood
+        schedule:          which level is active when
+        noise:             the distribution of x_0; None for N(0, I)
+        density:           of the times of training; None for uniform ones
+        loss_weight_value: the weight's number; None for a weight without one
     """
 
     def __init__(
         self,
         path: Path,
-        prediction: str,
+        predictions: tuple[str, ...],
         loss_weight: str | None,
         train_eps: float | None,
         sample_eps: float | None,
         schedule: PatchSchedule,
         noise: GaussianNoise | StudentTNoise | None = None,
         density: Density | None = None,
+        loss_weight_value: float | None = None,
     ) -> None:
         self.path = path
-        self.prediction = prediction
+        self.predictions = predictions
         self.loss_weight = loss_weight
+        self.loss_weight_value = loss_weight_value
         self.schedule = schedule
         self.noise = noise or GaussianNoise()
         self.density = density
-        default_train, default_sample = path.default_eps(prediction, loss_weight)
+        default_train, default_sample = self.default_eps()
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
+
+    @property
+    def prediction(self) -> str:
+        """The network's output in words: one name, or one for each level ("data velocity"), coarsest first."""
+        return " ".join(self.predictions if len(set(self.predictions)) > 1 else self.predictions[:1])
+
+    def prediction_at(self, level: int) -> str:
+        """The network's output at a level: "velocity", "noise", "score" or "data"."""
+        return self.predictions[level]
+
+    def finest_only(self) -> Transport:
+        """The same process at the finest level all the way; it may have another `sample_eps`."""
+        other = copy.copy(self)
+        other.schedule, other.predictions = PatchSchedule(), self.predictions[-1:]
+        other.sample_eps = max(self.sample_eps, other.default_eps()[1])
+        return other
 
     @property
     def aug_dim(self) -> float | None:
@@ -93,13 +117,27 @@ class Transport:
         """Times from which and to which the ODE is solved."""
         return (0.0 if self.path.regular_at_noise else self.sample_eps), 1 - self.sample_eps
 
+    def default_eps(self) -> tuple[float, float]:
+        """Distance from the ends of [0, 1] in training and in sampling: SiT's where one of them is singular, else 0."""
+        ends = [(0.0, 0)] if not self.path.regular_at_noise else []
+        numbers = [self._numbers_at(end, level) for end, level in (*ends, (1.0, -1))]
+        in_training, in_sampling = self.path.singular_eps
+        if any(not velocity.isfinite().all() for velocity, _ in numbers):
+            return in_training, in_sampling
+        return in_training if any(not loss.isfinite().all() for _, loss in numbers) else 0.0, 0.0
+
+    def _numbers_at(self, end: float, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers with which the velocity, and the loss, are computed at an end; all are finite, or it is singular."""
+        t = torch.tensor(end, dtype=torch.float32, device="cpu")  # as times are in training
+        c, prediction = self.path.coefficients(t), self.prediction_at(level)
+        velocity = torch.stack([*target_row("velocity", c), *self.conversion(t, prediction, "velocity")])
+        return velocity, torch.stack([*target_row(prediction, c), self.weight(t, level)])
+
     def training_singularity(self) -> str | None:
         """Reason why the loss is not finite at an end of the training interval, which times reach; None if it is."""
-        for end in self.train_interval:
-            t = torch.tensor(end, dtype=torch.float32, device="cpu")  # as times are in training
-            numbers = torch.stack([*target_row(self.prediction, self.path.coefficients(t)), self.weight(t)])
-            if not numbers.isfinite().all():
-                return self._too_small("train_eps", f"the loss is infinite at t = {t:g}")
+        for end, level in zip(self.train_interval, (0, -1), strict=True):
+            if not self._numbers_at(end, level)[1].isfinite().all():
+                return self._too_small("train_eps", f"the loss is infinite at t = {end:g}", level)
         return None
 
     def sampling_singularity(self) -> str | None:
@@ -107,18 +145,17 @@ class Transport:
 
         The other end depends on the solver: some evaluate the network there, others do not.
         """
-        t = torch.tensor(self.sample_interval[0], dtype=torch.float32, device="cpu")
-        if torch.stack(self.conversion(t, self.prediction, "velocity")).isfinite().all():
+        start, _ = self.sample_interval
+        if self._numbers_at(start, 0)[0].isfinite().all():
             return None
-        return self._too_small("sample_eps", f"the velocity is infinite at t = {t:g}")
+        return self._too_small("sample_eps", f"the velocity is infinite at t = {start:g}", 0)
 
-    def _too_small(self, name: str, reason: str) -> str:
+    def _too_small(self, name: str, reason: str, level: int) -> str:
         weight = f" and loss weight {self.loss_weight}" if self.loss_weight and name == "train_eps" else ""
-        defaults = self.path.default_eps(self.prediction, self.loss_weight)
-        default = dict(zip(("train_eps", "sample_eps"), defaults, strict=True))[name]
+        default = dict(zip(("train_eps", "sample_eps"), self.default_eps(), strict=True))[name]
         return (
-            f"{name} {getattr(self, name):g} is too small for the {self.path.name} path with {self.prediction} "
-            f"prediction{weight}: {reason}; leave it out, which means {default:g}"
+            f"{name} {getattr(self, name):g} is too small for the {self.path.name} path with "
+            f"{self.prediction_at(level)} prediction{weight}: {reason}; leave it out, which means {default:g}"
         )
 
     # -- Conversions ---------------------------------------------------------------------------------------------
@@ -132,9 +169,9 @@ class Transport:
         if source == target:
             return torch.zeros_like(t), torch.ones_like(t)
         path = self.path.coefficients(t)
-        (a, b, source_scale), (c, d, target_scale) = target_row(source, path), target_row(target, path)
-        determinant = (path.alpha * b - path.sigma * a) * target_scale
-        return (c * b - d * a) / determinant, (d * path.alpha - c * path.sigma) * source_scale / determinant
+        row, (c, d, target_scale) = target_row(source, path), target_row(target, path)
+        determinant = row.determinant(path) * target_scale
+        return (c * row.b - d * row.a) / determinant, (d * path.alpha - c * path.sigma) * row.scale / determinant
 
     def convert(
         self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, target: str, source: str | None = None
@@ -146,6 +183,7 @@ class Transport:
             x:      (N, ...) x_t
             t:      (N,) times
             target: "velocity", "noise", "score" or "data"
+            source: of these the output, as `prediction_at` tells it of a level; None where all levels have the same
 
         Raises:
             ValueError: if a quantity is unknown, or is the score of noise that is not Gaussian.
@@ -216,7 +254,8 @@ class Transport:
             joint:     call the model once, with lists of one group per level, levels without samples included
 
         Returns:
-            "loss" (N,): mean squared error over the dimensions, weighted; "level" (N,) and "t" (N,).
+            "loss" (N,): mean squared error over the dimensions, weighted; "velocity_error" (N,): that of the velocity,
+            unweighted and without a gradient, to compare runs of other weights by; "level" (N,) and "t" (N,).
 
         Raises:
             ValueError: if the model has another number of levels than the schedule.
@@ -239,30 +278,41 @@ class Transport:
         else:
             calls = zip(points, times, labels, levels, strict=True)
             outputs = [model(point, time, y=label, level=index) for point, time, label, index in calls]
-        losses = [self._loss(output, *pair, time) for output, pair, time in zip(outputs, ends, times, strict=True)]
-        loss = torch.cat(losses)[torch.cat(order).argsort()]
-        return {"loss": loss, "level": to_device(level, x1.device), "t": to_device(t, x1.device)}
+        parts = zip(outputs, ends, times, levels, strict=True)
+        squares = [self._squared_error(output, *pair, time, index) for output, pair, time, index in parts]
+        losses, errors = [], []
+        for square, time, index in zip(squares, times, levels, strict=True):
+            losses.append(square * self.weight(time, index))
+            errors.append(square.detach() * self.weight(time, index, "velocity"))
+        back = torch.cat(order).argsort()
+        return {
+            "loss": torch.cat(losses)[back],
+            "velocity_error": torch.cat(errors)[back],
+            "level": to_device(level, x1.device),
+            "t": to_device(t, x1.device),
+        }
 
-    def _loss(self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a, b, scale = target_row(self.prediction, self.path.coefficients(like(t, x1)))
+    def _squared_error(
+        self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, level: int
+    ) -> torch.Tensor:
+        a, b, scale = target_row(self.prediction_at(level), self.path.coefficients(like(t, x1)))
         error = scale * output - (a * x1 + b * x0)
-        return error.square().flatten(1).mean(1) * self.weight(t)
+        return error.square().flatten(1).mean(1)
 
-    def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Loss weight (N,) at times t, for the squared error of the network's prediction (SiT, section 3.2).
+    def weight(self, t: torch.Tensor, level: int = 0, loss_weight: str | None = None) -> torch.Tensor:
+        """Loss weight h / n^2 (N,) at times t, for the squared error of a level's prediction (transport/weights.py).
 
-        With g = sigma (sigma d_alpha / alpha - d_sigma), an error of the noise counts (g / sigma)^2 for "velocity",
-        which makes every prediction's loss that of the velocity, and g / sigma^2 for "likelihood". In terms of the
-        velocity these are 1 and 1 / g, finite at t = 0 too; other errors are first turned into one of the velocity.
+        Args:
+            t:           (N,) times
+            level:       whose prediction it is
+            loss_weight: another weight, without a number, than the transport's
         """
-        if self.loss_weight is None:
+        name, value = (loss_weight, None) if loss_weight else (self.loss_weight, self.loss_weight_value)
+        if name is None:
             return torch.ones_like(t)
         c = self.path.coefficients(t)
-        _, b = self.conversion(t, self.prediction, "velocity")
-        velocity_weight = (b / target_row(self.prediction, c).scale) ** 2
-        if self.loss_weight == "velocity":
-            return velocity_weight
-        return velocity_weight / (c.sigma * (c.d_alpha / c.alpha * c.sigma - c.d_sigma))
+        n = target_row(self.prediction_at(level), c).determinant(c)
+        return weight_of(name, value, c) * (1 / n) ** 2
 
     def check_levels(self, model: Model) -> None:
         """Refuse a model whose number of levels is known and differs from the schedule's (ValueError)."""
@@ -285,12 +335,13 @@ def _spread_order(n: int) -> tuple[int, ...]:
 
 def create_transport(
     path_type: str = "Linear",
-    prediction: str = "velocity",
+    prediction: str | Sequence[str] = "velocity",
     loss_weight: str | None = None,
     train_eps: float | None = None,
     sample_eps: float | None = None,
     level_edges: Sequence[float] = (),
     aug_dim: float | None = None,
+    loss_weight_value: float | None = None,
     time_sampling: str = "uniform",
     time_params: Sequence[float] | None = None,
     check_ends: bool = True,
@@ -298,27 +349,33 @@ def create_transport(
     """Build a Transport from plain values.
 
     Args:
-        path_type:     "Linear", "GVP" or "VP"
-        prediction:    the network's output: "velocity", "noise", "score" or "data"
-        loss_weight:   None (the prediction's own squared error), "velocity" or "likelihood"
-        train_eps:     distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 0 for
-                       velocity prediction (1e-3 with likelihood weights), else 1e-3
-        sample_eps:    the same in sampling; None: VP 1e-3, others 0 for velocity prediction, else 1e-3
-        level_edges:   interior times at which the level changes; () is a single level
-        aug_dim:       D of PFGM++: x_0 is a Student-t with D degrees of freedom; None or infinity is Gaussian
-        time_sampling: density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
-        time_params:   mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
-        check_ends:    refuse an eps that is too small; False for runs of earlier versions, which may have one and
-                       keep it
+        path_type:         "Linear", "GVP" or "VP"
+        prediction:        the network's output: "velocity", "noise", "score" or "data"; or one of these for each level,
+                           coarsest first, as ("data", "velocity") or "data velocity"
+        loss_weight:       one of LOSS_WEIGHTS; None is the prediction's own squared error, and that of the velocity
+                           where levels predict different things
+        train_eps:         distance from the singular ends of [0, 1] in training; None: VP 1e-5, others 1e-3 where the
+                           loss or the velocity is infinite at an end (which for velocity prediction is with likelihood
+                           weights alone), else 0
+        sample_eps:        the same in sampling; None: VP 1e-3, others 1e-3 where the velocity is infinite, else 0
+        level_edges:       interior times at which the level changes; () is a single level
+        aug_dim:           D of PFGM++: x_0 is a Student-t with D degrees of freedom; None or infinity is Gaussian
+        loss_weight_value: the number of a weight that has one: gamma of p2 (default 0.5), min-snr (5) and soft-min-snr
+                           (1), the data's standard deviation of edm (1), the bias of sigmoid (0)
+        time_sampling:     density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
+        time_params:       mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
+        check_ends:        refuse an eps that is too small; False for runs of earlier versions, which may have one and
+                           keep it
 
     Raises:
-        ValueError: if a name is unknown, an eps is not in [0, 0.5), the edges are not a schedule, or the loss at an end
-            of its interval, or the velocity from which samples start, is infinite; if the noise or the times do not go
-            with the rest.
+        ValueError: if a name is unknown, a number of the weight, an eps or the edges are out of range, there is not
+            one prediction for each level, or the loss at an end of its interval, or the velocity from which samples
+            start, is infinite; if the noise or the times do not go with the rest.
     """
+    predictions = tuple(prediction.split() if isinstance(prediction, str) else prediction)
     for value, name, allowed in (
         (path_type, "path type", tuple(PATHS)),
-        (prediction, "prediction", PREDICTIONS),
+        *((each, "prediction", PREDICTIONS) for each in predictions or ("",)),
         (loss_weight, "loss weight", LOSS_WEIGHTS),
     ):
         if value not in allowed:
@@ -327,10 +384,30 @@ def create_transport(
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
     schedule = PatchSchedule(level_edges)
-    noise, density = _noise_of(aug_dim, prediction, loss_weight), density_of(time_sampling, time_params)
+    if len(predictions) not in (1, schedule.num_levels):
+        raise ValueError(
+            f"{len(predictions)} predictions for {schedule.num_levels} level(s): give one, or one per level, "
+            "coarsest first"
+        )
+    if len(set(predictions)) > 1 and loss_weight is None:
+        loss_weight = "velocity"  # errors of different things do not compare
+    loss_weight_value = checked_value(loss_weight, loss_weight_value)
+    noise, density = _noise_of(aug_dim, predictions, loss_weight), density_of(time_sampling, time_params)
     if density is not None and loss_weight == "likelihood":
         raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
-    transport = Transport(PATHS[path_type], prediction, loss_weight, train_eps, sample_eps, schedule, noise, density)
+    if len(predictions) == 1:
+        predictions *= schedule.num_levels
+    transport = Transport(
+        PATHS[path_type],
+        predictions,
+        loss_weight,
+        train_eps,
+        sample_eps,
+        schedule,
+        noise,
+        density,
+        loss_weight_value,
+    )
     if density is not None:
         low, high = times_of(torch.tensor([0.05, 0.95]), density, transport.path, transport.train_interval).tolist()
         if low == high:
@@ -340,19 +417,22 @@ def create_transport(
     return transport
 
 
-def _noise_of(aug_dim: float | None, prediction: str, loss_weight: str | None) -> GaussianNoise | StudentTNoise:
-    """The noise of augmented dimension D, if it goes with prediction and weight (ValueError otherwise)."""
+def _noise_of(
+    aug_dim: float | None, predictions: tuple[str, ...], loss_weight: str | None
+) -> GaussianNoise | StudentTNoise:
+    """The noise of augmented dimension D, if it goes with predictions and weight (ValueError otherwise)."""
     if aug_dim is None or aug_dim == math.inf:
         return GaussianNoise()
     if not aug_dim > 0:
         raise ValueError(f"aug_dim, the D of PFGM++, must be above 0, got {aug_dim}")
-    if prediction == "score":
+    if "score" in predictions:
         raise ValueError("score prediction needs Gaussian noise: leave aug_dim out, or predict velocity, noise or data")
     if loss_weight == "likelihood":
         raise ValueError("likelihood weights need Gaussian noise: leave aug_dim out, or take another loss weight")
-    if aug_dim <= 2 and prediction != "data":
+    infinite = [prediction for prediction in predictions if prediction != "data"]
+    if aug_dim <= 2 and infinite:
         raise ValueError(
-            f"with aug_dim {aug_dim:g} the expected loss of {prediction} prediction is infinite: "
+            f"with aug_dim {aug_dim:g} the expected loss of {infinite[0]} prediction is infinite: "
             "give an aug_dim above 2, or predict data"
         )
     return StudentTNoise(aug_dim)

@@ -146,9 +146,10 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
 
 
 def registry_name(model: PyramidalPatchDiT) -> str | None:
-    """The name in MODELS with the model's sizes; input size, channels and classes may differ."""
+    """The name in MODELS with the model's patches and widths; what else a model is made with may differ."""
+    sizes = ("patch_sizes", "hidden_size", "depth", "num_heads")
     for name, fields in MODELS.items():
-        if model.mlp_ratio == 4 and all(getattr(model, field) == value for field, value in fields.items()):
+        if model.mlp_ratio == 4 and all(getattr(model, field) == fields[field] for field in sizes):
             return name
     return None
 
@@ -205,6 +206,8 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
+    if model.bottleneck is not None:
+        raise ValueError(f"the {layout} layout has no patch embedding with a bottleneck: take our own")
     own = ("x_embedder.", "final_layer.linear.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     names = zip(SUFFIXES[len(patches)], FACTORS[len(patches)], patches, _position_names(len(patches)), strict=True)
@@ -330,6 +333,7 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             "hidden_size": net.hidden_size,
             "depth": net.depth,
             "num_heads": net.num_heads,
+            "bottleneck": net.bottleneck,
             "width of the MLP": net.blocks[0].mlp.fc1.out_features,
         }
         for net in (model, source)
@@ -357,9 +361,10 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         for end in ("weight", "bias"):
             head = _repeat(found[f"final_layer.linear.{origin}.{end}"], (a, b), (p, q))
             weights[f"final_layer.linear.{level}.{end}"] = _out_channels(head, model, source)
+        for end, _ in model.x_embedder[level].named_parameters():
             weights[f"x_embedder.{level}.{end}"] = found[f"x_embedder.{origin}.{end}"]
-        kernel = weights[f"x_embedder.{level}.weight"]
-        weights[f"x_embedder.{level}.weight"] = _repeat(kernel.T, (a, b), (p, q)).T / (p * q // (a * b))
+        first = f"x_embedder.{level}.weight" if model.bottleneck is None else f"x_embedder.{level}.0.weight"
+        weights[first] = _repeat(weights[first].T, (a, b), (p, q)).T / (p * q // (a * b))
         if old_levels in found and (p, q) == (a, b):
             new_levels[level] = found[old_levels][origin]
     if model.num_levels > 1:

@@ -20,7 +20,7 @@ from data.autoencoder import SHORT_NAMES
 from models import PyramidalPatchDiT
 from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
-from transport import PatchSchedule
+from transport import PatchSchedule, create_transport
 from weights.files import choose_weights, read_file
 from weights.layouts import (
     export_state_dict,
@@ -110,6 +110,7 @@ def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
         "sample_eps": None,
         "level_edges": list(PatchSchedule.default(model.num_levels).level_edges),
         "aug_dim": None,
+        "loss_weight_value": None,
         "time_sampling": "uniform",
         "time_params": None,
     }
@@ -172,6 +173,12 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
             raise ValueError(
                 f"{source} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
                 f"{layout} does not tell: take our own"
+            )
+        prediction = create_transport(**pretrained.transport, check_ends=False).prediction
+        if " " in prediction:
+            raise ValueError(
+                f"{source} has levels that predict {prediction}, where programs of the {layout} layout know one "
+                "prediction: take our own"
             )
         content = state = export_state_dict(pretrained.model, layout)
     with complete_file(out) as temporary:
