@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -85,14 +84,6 @@ def _best_size(width: int, height: int, max_area: int, multiple: int) -> tuple[i
             if score > best_score:
                 best, best_score = (rows * multiple, columns * multiple), score
     return best
-
-
-def by_size(samples: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Numbers of the samples of each shape."""
-    groups: dict[torch.Size, list[int]] = {}
-    for number, sample in enumerate(samples):
-        groups.setdefault(sample.shape, []).append(number)
-    return list(groups.values())
 
 
 def cover_and_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
