@@ -8,6 +8,10 @@ images from k * shard_size on, in the dataset's order, whichever process made it
 interrupted run: a file is complete or absent, and complete ones are kept.
 
 With --max-tokens images keep their aspect ratio, and each file holds images of one size.
+
+    python extract_latents.py convert imagenet1k_latents_256_sd_vae_ft_ema latents/fit
+
+rewrites a set of latents that FiT publishes.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from tqdm import tqdm
 
 from data.autoencoder import LatentSpace, load_autoencoder
 from data.datasets import open_dataset
+from data.fit_latents import convert_set
 from data.images import ImageDataset, UnreadableImage, printable
 from data.latent_files import STORAGE, Shard, settings_of, shard_files, shard_metadata, shard_name, write_shard
 from data.parts import Part, parts_of, stored_sizes
@@ -274,8 +279,24 @@ def missing_files(out: Path, metadata: dict[str, str], shards: int) -> list[int]
     return missing
 
 
+def convert(argv: Sequence[str]) -> None:
+    """Run extract_latents.py convert with these command-line arguments."""
+    parser = ArgumentParser(prog="extract_latents.py convert", description="Rewrite a set of FiT's latents.")
+    parser.add_argument("source", metavar="IN", help="folder with FiT's folders from_16_to_256 and so on")
+    parser.add_argument("out", metavar="OUT", help="folder for the latent files")
+    parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
+    parser.add_argument("--shard-size", type=positive_int, default=DEFAULT_SHARD_SIZE, help="images per file")
+    args = parser.parse_args(argv)
+    with user_input():
+        images = convert_set(args.source, args.out, args.dtype, args.shard_size)
+    print(f"{printable(args.out)}: {images:,} images")
+
+
 def extract(argv: Sequence[str] | None = None) -> None:
     """Run extract_latents.py with these command-line arguments."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["convert"]:
+        return convert(argv[1:])
     start = time.perf_counter()
     parser = build_parser()
     args = parser.parse_args(argv)

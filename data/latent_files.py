@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.autoencoder import LatentSpace
+from data.autoencoder import LatentSpace, Scaling
 from data.sizes import SizeRule
 from runtime.files import complete_file
 
@@ -75,13 +75,27 @@ def shard_metadata(
     autoencoder: LatentSpace, image_size: int, num_classes: int, shards: int, sizes: SizeRule | None = None
 ) -> dict[str, str]:
     """Metadata of a latent file of ours: the settings of its set, which has `shards` files."""
+    source = autoencoder.name, autoencoder.scaling, autoencoder.factor
+    return latent_metadata(*source, image_size, num_classes, shards, sizes)
+
+
+def latent_metadata(
+    autoencoder: str,
+    scaling: Scaling,
+    factor: int,
+    image_size: int,
+    num_classes: int,
+    shards: int,
+    sizes: SizeRule | None,
+) -> dict[str, str]:
+    """As `shard_metadata`, of an autoencoder that is not here: its name, scaling, and pixels per latent."""
     rule = {}
     if sizes is not None:
-        rule = {name: str(getattr(sizes, name)) for name in SIZES} | {"factor": str(autoencoder.factor)}
+        rule = {name: str(getattr(sizes, name)) for name in SIZES} | {"factor": str(factor)}
     return {
         "format": FORMAT,
-        "autoencoder": autoencoder.name,
-        **{name: json.dumps(value) for name, value in asdict(autoencoder.scaling).items()},
+        "autoencoder": autoencoder,
+        **{name: json.dumps(value) for name, value in asdict(scaling).items()},
         "image_size": str(image_size),
         "num_classes": str(num_classes),
         "shards": str(shards),
