@@ -24,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["convert"]:
         parser = ArgumentParser(prog="download.py convert", description="Write weights of any layout in another.")
-        parser.add_argument("source", metavar="IN", help="published name, run folder, checkpoint or weights")
+        parser.add_argument(
+            "source",
+            metavar="IN",
+            nargs="+",
+            help="published name, run folder, checkpoint or weights; several experts become one file",
+        )
         parser.add_argument("out", metavar="OUT", help="file to write: .pt or .safetensors")
         parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose names and shapes OUT has")
         parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged, or the last ones")

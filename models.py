@@ -195,6 +195,7 @@ class PyramidalPatchDiT(
         learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
         bottleneck:  embed patches by two linear layers with so many values in between (JiT, arXiv:2511.13720); None
                      for one layer
+        unit_patch:  patch whose tokens positions are counted in; None for the finest level's
 
     Raises:
         ValueError: if a patch does not divide the input, or the widths do not fit together.
@@ -212,6 +213,7 @@ class PyramidalPatchDiT(
         num_classes: int = 1000,
         learn_sigma: bool = True,
         bottleneck: int | None = None,
+        unit_patch: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.input_size = _pair(input_size)
@@ -224,6 +226,7 @@ class PyramidalPatchDiT(
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
         self.bottleneck = bottleneck
+        self.unit_patch = None if unit_patch is None else _pair(unit_patch)
         self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
 
@@ -255,6 +258,8 @@ class PyramidalPatchDiT(
             raise ValueError(f"input_size must be at least 1, got {h}x{w}")
         if not self.patch_sizes:
             raise ValueError("patch_sizes is empty: a model needs at least one level")
+        if self.unit_patch is not None and min(self.unit_patch) < 1:
+            raise ValueError(f"unit_patch must be at least 1, got {self.unit_patch}")
         for level, (p, q) in enumerate(self.patch_sizes):
             if p < 1 or q < 1 or h % p or w % q:
                 raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {h}x{w} input")
@@ -267,7 +272,7 @@ class PyramidalPatchDiT(
 
     def position_embedding(self, level: int) -> torch.Tensor:
         """(T, D) sine-cosine embedding of a level's token grid."""
-        sizes = self.input_size, self.patch_sizes[level], self.patch_sizes[-1]
+        sizes = self.input_size, self.patch_sizes[level], self.unit_patch or self.patch_sizes[-1]
         return level_position_embedding(self.hidden_size, *sizes)
 
     def initialize_weights(self) -> None:
@@ -305,7 +310,13 @@ class PyramidalPatchDiT(
         """The constructor's arguments as plain data: PyramidalPatchDiT(**model.config) has the same shape."""
         values = {name: getattr(self, name) for name in inspect.signature(PyramidalPatchDiT).parameters}
         sizes = {"input_size": list(self.input_size), "patch_sizes": [list(size) for size in self.patch_sizes]}
-        return {**values, **sizes}
+        unit_patch = values.pop("unit_patch")  # earlier versions do not know it: only where it says something
+        return {**values, **sizes, **({} if unit_patch is None else {"unit_patch": list(unit_patch)})}
+
+    @property
+    def networks(self) -> dict[str, PyramidalPatchDiT]:
+        """The networks that share no parameters, by the prefix of their names in the state dict: itself alone."""
+        return {"": self}
 
     def num_tokens(self, level: int) -> int:
         """Tokens T per sample at a level."""

@@ -25,7 +25,7 @@ from data.autoencoder import (
     load_autoencoder,
     load_raw_latents,
 )
-from models import PyramidalPatchDiT
+from experts import Network, OneExpertAtATime
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
@@ -55,7 +55,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: PyramidalPatchDiT,
+        model: Network,
         transport: Transport,
         autoencoder: Autoencoder | RawLatents | str = "none",
         scaling: Scaling | None = None,
@@ -72,12 +72,13 @@ class Pipeline:
         self.scaling = scaling
         self.changed = dict(changed or {})
         self.precision = "fp32"
+        self.offloaded: OneExpertAtATime | None = None
         self._autoencoder = autoencoder
 
     @classmethod
     def load(
         cls,
-        source: str | Path = "PPF-XL-2",
+        source: str | Path | Sequence[str | Path] = "PPF-XL-2",
         weights: str = "ema",
         vae: str | None = None,
         level_edges: Sequence[float] | None = None,
@@ -88,7 +89,8 @@ class Pipeline:
         """Read trained weights, onto the CPU.
 
         Args:
-            source:      a published name, a file of any layout, a run's folder, or a folder of save_pretrained
+            source:      a published name, a file of any layout, a run's folder, or a folder of save_pretrained; several
+                         of them for experts that were trained alone
             weights:     "ema", or "model" for the last ones of a training checkpoint
             vae:         another autoencoder than the weights': "ema", "mse", a hub id or a local folder
             level_edges: other times at which the patch size changes
@@ -102,8 +104,11 @@ class Pipeline:
             ConnectionError:   if a download fails.
         """
         file = load_pretrained(source, weights, cache_dir, **overrides)
+        source = str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
         own = create_transport(**file.transport, check_ends=False)
         given = {name: value for name, value in (process or {}).items() if value is not None}
+        if not isinstance(given.get("prediction", ""), str):
+            given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
         trained_with = {
             "path_type": own.path.name,
             "prediction": own.prediction,
@@ -111,7 +116,7 @@ class Pipeline:
             "train_eps": own.train_eps,
             "aug_dim": own.aug_dim,
         }
-        check_claims({name: given.get(name) for name in file.stated}, trained_with, str(source))
+        check_claims({name: given.get(name) for name in file.stated}, trained_with, source)
         config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
         if own.sampling_singularity() and "sample_eps" not in given:
             config["sample_eps"], before = None, own.sample_eps
@@ -133,25 +138,42 @@ class Pipeline:
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
-        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed, str(source))
+        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed, source)
 
-    def to(self, device: str | torch.device, precision: str | None = None, compile: bool = False) -> Pipeline:
+    def to(
+        self,
+        device: str | torch.device,
+        precision: str | None = None,
+        compile: bool = False,
+        offload_experts: bool = False,
+    ) -> Pipeline:
         """Prepare the network for a device, in place; solvers compute in fp32 whatever the precision.
 
         Args:
-            precision: "fp32", "tf32" or "bf16"; None for tf32 on CUDA, else fp32
-            compile:   compile the blocks: seconds of waiting at the first evaluation, then faster ones
+            precision:       "fp32", "tf32" or "bf16"; None for tf32 on CUDA, else fp32
+            compile:         compile the blocks: seconds of waiting at the first evaluation, then faster ones
+            offload_experts: keep one expert at a time on the device
 
         Raises:
-            ValueError: if the weights were rounded to bf16 before.
+            ValueError: if the weights were rounded to bf16 before, or there are no experts to offload, or they are
+                        offloaded already.
         """
-        precision = precision or default_precision(torch.device(device), training=False)
+        device = torch.device(device)
+        precision = precision or default_precision(device, training=False)
         if self.precision == "bf16" and precision != "bf16":
             raise ValueError("the weights are in bf16 already: load them again for another precision")
-        self.model.to(device).eval().requires_grad_(False)
+        if offload_experts and len(self.model.networks) == 1:
+            raise ValueError(f"{self.source} has no experts that could be offloaded: leave --offload-experts out")
+        if self.offloaded:
+            raise ValueError("the experts are offloaded already: load them again for another device")
+        self.model.eval().requires_grad_(False)
         self.precision = precision
         if precision == "bf16":
             self.model.blocks.bfloat16()  # once, where autocast would at every evaluation: they are linear layers
+        if offload_experts:
+            self.offloaded = OneExpertAtATime(self.model, device)
+        else:
+            self.model.to(device)
         if compile:
             torch._functorch.config.donated_buffer = False  # a likelihood goes backward once for each of its probes
             compile_levels(self.model, tell=note)
@@ -163,8 +185,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Device of the network."""
-        return next(self.model.parameters()).device
+        """Device on which the network computes."""
+        return self.offloaded.device if self.offloaded else next(self.model.parameters()).device
 
     @property
     def autoencoder(self) -> Autoencoder | RawLatents:
@@ -373,7 +395,13 @@ class Pipeline:
         return counter
 
     def finest_only(self) -> Pipeline:
-        """The same network at its finest level all the way: what the pyramid saves on."""
+        """The same network at its finest level all the way: what the pyramid saves on.
+
+        Raises:
+            ValueError: if experts share the times: the last one does not serve all.
+        """
+        if len(self.model.networks) > 1:
+            raise ValueError(f"no level of {self.source} serves all times, as its experts share them")
         other = self._with_model(_FinestLevel(self.model))
         other.transport = self.transport.finest_only()
         return other
@@ -403,9 +431,9 @@ def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: 
 class _Wrapper:
     """A network around another one, of which it shows what it has no own version of."""
 
-    SHOWN = ("num_levels", "num_classes", "in_channels", "input_size", "parameters", "macs")
+    SHOWN = ("networks", "num_levels", "num_classes", "in_channels", "input_size", "parameters", "macs")
 
-    def __init__(self, model: PyramidalPatchDiT) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
@@ -422,7 +450,7 @@ class EvaluationCounter(_Wrapper):
         progress: updated by one for each call
     """
 
-    def __init__(self, model: PyramidalPatchDiT, progress: tqdm | None = None) -> None:
+    def __init__(self, model: Network, progress: tqdm | None = None) -> None:
         super().__init__(model)
         self.progress = progress
         self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two

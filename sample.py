@@ -266,7 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         solver = cli.solver_from(args, LIKELIHOOD_SOLVER if args.likelihood else None)
         guidance = cli.guidance_from(args, default=1.0 if given else 4.0)
         check_out(Path(out), picture=not args.likelihood)
-        pipe = cli.load_pipeline(args, pictures=not args.likelihood).to(device, precision, args.compile)
+        pipe = cli.load_pipeline(args, pictures=not args.likelihood)
+        pipe.to(device, precision, args.compile, args.offload_experts)
+        if args.compare_finest:
+            pipe.finest_only()
         pipe.check(solver, guidance, args.likelihood, args.reverse)
     job(args, pipe, solver, guidance, out)
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import train_utils as cli
-from models import PyramidalPatchDiT
+from experts import Network
 from pipeline import EvaluationCounter, Pipeline, Solver
 from runtime.distributed import Processes, agree, check_same_flags, on_main, start_processes
 from runtime.errors import UserError, note, run_script, user_input, user_output
@@ -44,7 +44,7 @@ from weights.layouts import fingerprint
 # Flags that do not change what sample i looks like, or stand among the settings as what they led to.
 NOT_SETTINGS = {
     *("sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size", "num_classes"),
-    *("compile", "vae", "latents"),
+    *("compile", "offload_experts", "vae", "latents"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
 SCALES_NOTE = "default: as in PPFlow's evaluation 1 3 for 2 levels, 1 3.5 3.75 for 3; else, and with --likelihood, 1"
@@ -183,7 +183,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def earlier_fingerprints(model: PyramidalPatchDiT) -> set[str]:
+def earlier_fingerprints(model: Network) -> set[str]:
     """Digests of these weights in folders that are older than `fingerprint`.
 
     A hash of sums whose last bit depends on the device and the number of threads. The likely numbers are tried: those
@@ -318,10 +318,11 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     if line := precision_note(precision, processes.device):
         note(line)
     pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents)
+    num_levels = pipe.model.num_levels if len(pipe.model.networks) == 1 else 1  # no scales of experts are known
     # A likelihood is that of the network alone, unless guidance is asked for.
-    guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(pipe.model.num_levels))
+    guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
-    pipe.to(processes.device, precision, args.compile)
+    pipe.to(processes.device, precision, args.compile, args.offload_experts)
     cost = pipe.check(solver, guidance, likelihood)
     return Job(args, pipe, solver, guidance, cost), digest
 

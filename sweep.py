@@ -162,7 +162,7 @@ def build_parser() -> cli.ArgumentParser:
     )
     add("--per-proc-batch-size", type=cli.positive_int, default=64, help="samples a process solves together")
     add("--out", type=cli.some_text, help="folder of the results (default: results/sweep-MODEL-STEP)")
-    cli.add_network_args(parser)
+    cli.add_network_args(parser, files=1)
     parser.set_defaults(level_edges=None, cfg_scales=None, cfg_interval=None)  # a setting's, and not flags here
     return parser
 
@@ -269,8 +269,9 @@ def sampling_command(args: argparse.Namespace, setting: Setting, level_edges: tu
     """
     command, parser = ["sample_ddp.py", "ODE"], build_parser()
     for name in FORWARDED:
-        if getattr(args, name) != parser.get_default(name):
-            command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            command += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     flags = {
         "--level-edges": setting.edges if setting.edges != level_edges else (),
         "--sampling-method": (setting.solver,),
@@ -337,7 +338,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
         note(line)
     pipe = cli.load_pipeline(args)
     digest = fingerprint(pipe.model) if processes.is_main else ""
-    pipe.to(processes.device, precision, args.compile)
+    pipe.to(processes.device, precision, args.compile, args.offload_experts)
     own = WEIGHTS.get(args.features)
     for flag in dict.fromkeys(WEIGHTS.values()):
         if getattr(args, flag) is not None and flag != own:

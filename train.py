@@ -28,12 +28,12 @@ import train_utils as cli
 from data import order
 from data.autoencoder import Autoencoder
 from data.datasets import AnyDataset, open_training_data
+from experts import ExpertPatchDiT, Network, create_expert
 from metrics.training import TrainingEvaluation
-from models import PyramidalPatchDiT, create_model
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
 from runtime.errors import run_script
-from transport import ODE, Transport, create_transport
+from transport import ODE, ExpertPart, Transport, create_transport
 from weights.pretrained import initialize_from
 
 PREVIEW_COLUMNS = 8
@@ -76,8 +76,8 @@ class Training:
     dataset: AnyDataset
     autoencoder: Autoencoder | None  # None where nothing is encoded or shown
     transport: Transport
-    model: PyramidalPatchDiT
-    ema: PyramidalPatchDiT
+    model: Network
+    ema: Network
     optimizer: torch.optim.Optimizer
     loss: nn.Module  # transport.training_losses of the model, averaging gradients over the processes
     evaluation: TrainingEvaluation | None
@@ -86,7 +86,7 @@ class Training:
 
 def build(
     args: argparse.Namespace, processes: distributed.Processes, stored: dict[str, Any] | None
-) -> tuple[AnyDataset, Autoencoder | None, PyramidalPatchDiT, Transport, dict[str, Any]]:
+) -> tuple[AnyDataset, Autoencoder | None, Network, Transport, dict[str, Any]]:
     """Dataset, autoencoder, network and process that the arguments ask for, and the config that describes them.
 
     Args:
@@ -104,20 +104,20 @@ def build(
     num_classes = args.num_classes or dataset.num_classes
     if num_classes < dataset.num_classes:
         raise ValueError(f"--num-classes {num_classes} is too few: {args.data_path} has {dataset.num_classes}")
+    cli.check_numbers(args, processes.world_size)
+    process, parts = cli.process_from(args)
+    network = stored and stored["model"]
     pixels = vae == "none" and dataset.kind != "latents"
     fields = {
         "input_size": input_size,
         "in_channels": channels,
         "num_classes": num_classes,
         "bottleneck": args.bottleneck,
-        "learn_sigma": stored["model"]["learn_sigma"] if stored else not pixels,
+        "learn_sigma": network.get("experts", [network])[0]["learn_sigma"] if network else not pixels,
     }
     if args.patch_sizes:
         fields["patch_sizes"] = args.patch_sizes
-    torch.manual_seed(args.global_seed)  # initial weights, the same on every rank
-    model = create_model(args.model, **fields)
-    cli.check_numbers(args, model.num_levels, processes.world_size)
-    process = cli.process_from(args, model.num_levels)
+    model = build_network(args.model, parts, args.global_seed, **fields)
     transport = create_transport(**process, check_ends=stored is None)
     transport.check_levels(model)
     cli.guidance_from(args).of(model)
@@ -125,7 +125,7 @@ def build(
         "vae": vae,
         "image_size": dataset.image_size,
         "num_classes": num_classes,
-        "level_edges": list(process["level_edges"]),
+        "level_edges": cli.patch_edges(args),
         "precision": args.precision or speed.default_precision(processes.device, training=True),
         **{name: run.full_path(getattr(args, name)) for name in run.PATHS},
     }
@@ -141,6 +141,15 @@ def build(
         "torch": str(torch.__version__),
     }
     return dataset, autoencoder, model, transport, config
+
+
+def build_network(name: str, parts: Sequence[ExpertPart], seed: int, **fields: Any) -> Network:
+    """The network of a run, the same on every rank; an expert begins with the same weights alone and beside others."""
+    networks = []
+    for part in parts:
+        torch.manual_seed(seed)
+        networks.append(create_expert(name, part.patches, **fields))
+    return networks[0] if len(parts) == 1 else ExpertPatchDiT(networks, [part.interval[0] for part in parts[1:]])
 
 
 def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemption) -> tuple[Training, run.Run]:
@@ -170,7 +179,8 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     if stored:
         distributed.agree(lambda: run.check_data(stored["config"], config["data"], args.data_path), processes)
     elif args.initialize_from:
-        notes += distributed.agree(lambda: initialize_from(model, args.initialize_from), processes)
+        source_of = args.initialize_from, transport.interval
+        notes += distributed.agree(lambda: initialize_from(model, *source_of), processes)
     evaluation = None
     if args.eval_every:
         source_of = args.eval_ref, args.eval_features, args.eval_weights, args.eval_num
@@ -198,7 +208,8 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 
     data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
     notes += transport.rare_levels(args.global_batch_size)
-    this_run.introduce(f"{args.model}: {model.describe()}", data, args.precision, notes)
+    alone = "" if args.expert is None else f", expert for t in [{transport.interval[0]:g}, {transport.interval[1]:g}]"
+    this_run.introduce(f"{args.model}{alone}: {model.describe()}", data, args.precision, notes)
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     return Training(

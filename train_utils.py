@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from data.autoencoder import autoencoder_name
-from models import canonical_name
+from models import MODELS, canonical_name
 from pipeline import Pipeline, check_claims
 from runtime.errors import UserError, note, user_input
 from runtime.speed import PRECISIONS
@@ -29,8 +29,10 @@ from transport import (
     SDE,
     SDE_METHODS,
     TIME_SAMPLINGS,
+    ExpertPart,
     Guidance,
     PatchSchedule,
+    expert_parts,
 )
 
 SHOWN_METHODS = ("ab2", "dpmpp_2m", "euler")
@@ -315,10 +317,15 @@ def check_complete(args: argparse.Namespace, given: set[str]) -> None:
     if useless and not args.eval_every:
         flag = "--" + useless[0].replace("_", "-")
         raise UserError(f"{flag} has no effect without --eval-every: give both, or leave it out", everywhere=True)
+    for name in ("sample_every", "eval_every"):
+        if args.expert is not None and getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} draws samples, for which it takes all experts: leave it out", everywhere=True)
 
 
-def check_numbers(args: argparse.Namespace, num_levels: int, world_size: int) -> None:
+def check_numbers(args: argparse.Namespace, world_size: int) -> None:
     """Refuse numbers of levels or samples (ValueError) that the network or the processes do not have."""
+    num_levels = num_patch_sizes(args)
     if args.patch_level not in (None, num_levels):
         raise ValueError(
             f"--patch-level {args.patch_level}, but {args.model} has {num_levels} level(s): leave it out, or "
@@ -348,6 +355,10 @@ def checked_training_flags(args: argparse.Namespace, given: set[str]) -> argpars
         raise UserError("torchrun --max-restarts needs --run-dir: without it, every restart would begin another run")
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train: give one of them")
+    if {"expert_edges", "expert_snr"} <= given:
+        raise UserError("--expert-edges and --expert-snr both say when experts change: give one of them")
+    if args.expert is not None and "sample_every" not in given:
+        names["sample_every"] = 0  # it takes all experts to draw samples
     if args.keep_every and not args.keep_last:
         raise UserError("--keep-every says what --keep-last does not delete: give --keep-last as well")
     return argparse.Namespace(**vars(args) | names)
@@ -387,6 +398,22 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
         help="times in (0, 1) at which the patch size changes, ascending (default: 0.5, or 0.5 0.75 for 3 levels)",
     )
     add(
+        "--expert-edges",
+        type=finite_float,
+        nargs="+",
+        metavar="T",
+        help="times in (0, 1), ascending, at which another network takes over: one expert more than times, which share "
+        "no parameters (default: one network)",
+    )
+    add(
+        "--expert-snr",
+        type=positive_float,
+        nargs="+",
+        metavar="S",
+        help="the same as signal-to-noise ratios (alpha / sigma)^2, ascending",
+    )
+    add("--expert", type=natural_int, metavar="K", help="train expert K alone, 0 being the noisiest (default: all)")
+    add(
         "--aug-dim",
         "--aug_dim",
         type=augmented_dimension,
@@ -407,14 +434,47 @@ PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_
 TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "loss_weight_value", "aug_dim", "time_sampling", "time_params")
 
 
-def process_from(args: argparse.Namespace, num_levels: int) -> dict[str, Any]:
-    """Arguments of create_transport: the flags', with the paper's edges where --level-edges is not given."""
-    edges = PatchSchedule.default(num_levels).level_edges if args.level_edges is None else args.level_edges
-    return {**{name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}, "level_edges": list(edges)}
+def num_patch_sizes(args: argparse.Namespace) -> int:
+    """Number of patch sizes: of --patch-sizes, or of --model."""
+    return len(args.patch_sizes or MODELS[args.model]["patch_sizes"])
 
 
-def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+def patch_edges(args: argparse.Namespace) -> list[float]:
+    """Times at which the patch size changes: --level-edges, or the paper's (ValueError for another number of them)."""
+    num_sizes = num_patch_sizes(args)
+    if args.level_edges is None:
+        return list(PatchSchedule.default(num_sizes).level_edges)
+    if len(args.level_edges) != num_sizes - 1:
+        raise ValueError(f"{args.model} has {num_sizes} level(s): give {num_sizes - 1} level edge(s)")
+    return list(args.level_edges)
+
+
+def process_from(args: argparse.Namespace) -> tuple[dict[str, Any], list[ExpertPart]]:
+    """Arguments of create_transport, and the parts of the networks to be trained: one, or those of the experts.
+
+    Raises:
+        ValueError: if the edges of levels and experts do not fit together, or there is no such --expert.
+    """
+    edges = args.expert_edges or [PATHS[args.path_type].time_of_snr(snr) for snr in args.expert_snr or ()]
+    parts = expert_parts(patch_edges(args), edges)
+    interval = None
+    if args.expert is not None:
+        if not edges:
+            raise ValueError("--expert is about one of several: give --expert-edges or --expert-snr")
+        if args.expert >= len(parts):
+            raise ValueError(f"there is no --expert {args.expert}: {len(edges)} edge(s) make experts 0 to {len(edges)}")
+        parts = parts[args.expert : args.expert + 1]
+        interval = list(parts[0].interval)
+    level_edges = [edge for part in parts for edge in (part.interval[0], *part.level_edges)]
+    process = {name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}
+    return {**process, "level_edges": level_edges[1:], "interval": interval}, parts
+
+
+def add_network_args(parser: argparse.ArgumentParser, files: int | str = "+") -> Callable[..., Any]:
     """Add the trained network that is sampled from, and its process as checked against it.
+
+    Args:
+        files: nargs of --ckpt; 1 in front of positional arguments
 
     Returns:
         add_argument of the process's group.
@@ -423,8 +483,10 @@ def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add(
         "--ckpt",
         type=some_text,
+        nargs=files,
+        action="extend",
         help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file in the layout of SiT or "
-        "PPFlow (default: the published weights of --model)",
+        "PPFlow; several for experts that were trained alone (default: the published weights of --model)",
     )
     add("--model", help="name of the model, checked against --ckpt (default without --ckpt: PPF-XL-2)")
     add("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
@@ -437,6 +499,7 @@ def add_network_args(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         help="of the network; solvers compute in fp32 (default: tf32 on CUDA, else fp32)",
     )
     add("--compile", action="store_true", help="compile the blocks first: seconds of waiting, then faster evaluations")
+    add("--offload-experts", action="store_true", help="keep one expert at a time on the GPU: less memory")
     add = parser.add_argument_group(
         "process", "as given to train.py; a checkpoint tells them, and they are checked against it (but --sample-eps)"
     ).add_argument
@@ -477,10 +540,11 @@ def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.
     """
-    source = args.ckpt or canonical_name(args.model or "PPF-XL-2")
+    source = args.ckpt or [canonical_name(args.model or "PPF-XL-2")]
     process = {name: getattr(args, name) for name in PROCESS_FLAGS}
     guidance = guidance_from(args)
     pipe = Pipeline.load(source, args.weights, None if latents else args.vae, args.level_edges, process)
+    source = pipe.source
     claims = {"model": args.model and canonical_name(args.model), "num_classes": args.num_classes}
     check_claims(claims, {"model": pipe.name, "num_classes": pipe.model.num_classes}, source)
     guidance.of(pipe.model)

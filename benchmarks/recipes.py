@@ -73,6 +73,9 @@ RECIPES = {
     "ppf2-coarse-batch": Recipe("PPF-T-2", coarse_batch=3),
     "ppf2-coarse-weight": Recipe("PPF-T-2", coarse_weight=2.0),
     "ppf2-wide": Recipe("PPF-T-2", wide=True),
+    "ppf2-data-edge-0.35": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True),
+    "ppf2-data-edge-0.35-from-sit": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True, start="sit"),
+    "ppf3-coarse-data": Recipe("PPF-T-3", coarse_data=True),
 }
 
 
@@ -190,6 +193,9 @@ def train_run(
 
     Returns:
         the network, in evaluation mode.
+
+    Raises:
+        ValueError: if the run has gone on beyond these steps without keeping the network there.
     """
     recipe = RECIPES[name]
     run = folder / f"{name.removesuffix('-equal-cost')}-{seed}"  # which continues the run of that name
@@ -215,6 +221,8 @@ def train_run(
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    if step > last:
+        raise ValueError(f"{run} has made {step} steps, and nothing is kept of step {last}: choose other --steps")
     with tqdm(total=last, initial=step, desc=f"{name}, seed {seed}", unit="step", mininterval=10) as progress:
         while step < last:
             loss = loss_of_step(recipe, network, data, step, seed, batch_size)

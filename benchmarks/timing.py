@@ -158,9 +158,10 @@ def random_model(name: str, device: torch.device, **overrides: object) -> Pyrami
 
 
 def baseline(name: str) -> str:
-    """Name the SiT of a model's size: PPF-B-2 -> SiT-B/2."""
-    fields = {key: value for key, value in MODELS[name].items() if key != "patch_sizes"}
-    return next(known for known, other in MODELS.items() if other == {"patch_sizes": ((2, 2),), **fields})
+    """Name the SiT of a model's size: PPF-B-2 -> SiT-B/2, and for pixels PPF-B-2/16 -> SiT-B/16."""
+    fields = MODELS[name]
+    finest = fields["patch_sizes"][-1:] if "input_size" in fields else ((2, 2),)
+    return next(known for known, other in MODELS.items() if other == {**fields, "patch_sizes": finest})
 
 
 class ZeroField:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models import PyramidalPatchDiT
+from experts import Network
 from runtime.distributed import Processes, local_part
 from runtime.errors import UserError
 from runtime.files import tensors_of, with_tensors
@@ -49,7 +49,7 @@ def check_shard(processes: Processes) -> None:
             raise UserError(f"--shard on CPUs takes a newer torch than {torch.__version__}, on GPUs this one will do")
 
 
-def place(network: PyramidalPatchDiT, processes: Processes, shard: bool, precision: str) -> PyramidalPatchDiT:
+def place(network: Network, processes: Processes, shard: bool, precision: str) -> Network:
     """Put a network that was built on the CPU, alike in every process, where it computes; in place.
 
     Call this last: compile first, then shard.
@@ -83,7 +83,7 @@ class LossModule(nn.Module):
     FSDP2 gathers weights at each call, so that all processes must make the same ones.
     """
 
-    def __init__(self, model: PyramidalPatchDiT, transport: Transport) -> None:
+    def __init__(self, model: Network, transport: Transport) -> None:
         super().__init__()
         self.model = model
         self.transport = transport
@@ -92,7 +92,7 @@ class LossModule(nn.Module):
         return self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0, joint=True)
 
 
-def loss_module(model: PyramidalPatchDiT, transport: Transport) -> nn.Module:
+def loss_module(model: Network, transport: Transport) -> nn.Module:
     """The training loss as a module whose backward pass averages the gradients of all processes."""
     loss = LossModule(model, transport)
     if isinstance(model, FSDPModule) or not dist.is_initialized():

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import DiTBlock, PyramidalPatchDiT
+from experts import Network
+from models import DiTBlock
 from runtime.distributed import local_part
 from runtime.errors import UserError
 
@@ -103,7 +104,7 @@ MIN_SAMPLES = 2  # of a group: torch.compile makes graphs of their own for 0 and
 
 
 def compile_levels(
-    model: PyramidalPatchDiT, backend: str | Callable = "inductor", tell: Callable[[str], None] | None = None
+    model: Network, backend: str | Callable = "inductor", tell: Callable[[str], None] | None = None
 ) -> None:
     """Compile a model's transformer blocks in place.
 

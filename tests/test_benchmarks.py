@@ -36,6 +36,7 @@ def test_calls_take_turns_and_the_median_counts(monkeypatch):
 
 def test_the_baseline_is_the_sit_of_the_same_size():
     assert [timing.baseline(name) for name in ("PPF-B-2", "PPF-XL-3", "SiT-S/8")] == ["SiT-B/2", "SiT-XL/2", "SiT-S/2"]
+    assert [timing.baseline(name) for name in ("PPF-B-3/16", "SiT-L/32")] == ["SiT-B/16", "SiT-L/32"]
 
 
 def test_the_peak_is_the_data_sheets_or_measured(monkeypatch):

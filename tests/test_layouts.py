@@ -51,6 +51,7 @@ def test_published_files_compute_the_published_outputs(levels, channels, out, su
         "mlp_ratio": 4.0,
         "num_classes": CLASSES,
         "learn_sigma": out == 2 * channels,
+        "bottleneck": None,
     }
     assert not pretrained.model.training
     assert PatchSchedule(pretrained.transport["level_edges"]) == PatchSchedule.default(levels)
@@ -70,7 +71,13 @@ def test_exported_weights_compute_our_outputs(levels, layout):
 
 
 # What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times.
-UNTOLD = {"aug_dim": None, "time_sampling": "uniform", "time_params": None}
+UNTOLD = {
+    "aug_dim": None,
+    "loss_weight_value": None,
+    "time_sampling": "uniform",
+    "time_params": None,
+    "interval": None,
+}
 
 
 def test_a_training_checkpoint_of_ppflow(tmp_path):
@@ -267,9 +274,7 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
         "train_eps": 1e-4,
         "sample_eps": 1e-3,
         "level_edges": [0.3, 0.6][: levels - 1],
-        "aug_dim": None,
-        "time_sampling": "uniform",
-        "time_params": None,
+        **UNTOLD,
     }
     config = {"model_name": "x", "model": model.config, "transport": transport, "vae": "some/vae"}
     ours = saved({"ema": model.state_dict(), "model": {}, "opt": {}, "config": config, "step": 7}, tmp_path / "7.pt")
@@ -280,7 +285,7 @@ def test_there_and_back_is_exact(levels, suffix, tmp_path):
     read = {path: load_pretrained(path) for path in (light, back)}
     assert all(same_weights(found.model.state_dict(), model.state_dict()) for found in read.values())
     assert all(found.model.config == model.config for found in read.values())
-    assert (read[light].transport, read[light].vae, read[light].step) == ({**transport, **UNTOLD}, "some/vae", 7)
+    assert (read[light].transport, read[light].vae, read[light].step) == (transport, "some/vae", 7)
     flat = load_file(other) if suffix == ".safetensors" else torch.load(other, weights_only=True)
     assert same_weights(flat, export_state_dict(model, layout))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["7.pt", light.name, other.name, back.name])
@@ -301,6 +306,23 @@ def test_a_model_that_a_repository_does_not_have_is_not_exported_to_it(fields, l
         export_state_dict(tiny(2, **fields), layout)
     with pytest.raises(ValueError, match="unknown layout 'dit'"):
         export_state_dict(tiny(2), "dit")
+
+
+@pytest.mark.parametrize("layout", ["sit", "ppflow"])
+def test_a_bottleneck_is_not_exported(layout):
+    with pytest.raises(ValueError, match=f"the {layout} layout has no patch embedding with a bottleneck: take our own"):
+        export_state_dict(tiny(1 if layout == "sit" else 2, bottleneck=9), layout)
+
+
+def test_levels_of_other_predictions_are_not_exported(tmp_path):
+    model, transport = tiny(2), {"prediction": "data velocity", "level_edges": [0.5]}
+    config = {"model_name": "x", "model": model.config, "transport": transport, "vae": "some/vae"}
+    ours = saved({"ema": model.state_dict(), "config": config, "step": 7}, tmp_path / "7.pt")
+    convert(ours, tmp_path / "same.safetensors", "ours")
+    assert load_pretrained(tmp_path / "same.safetensors").transport["prediction"] == "data velocity"
+    with pytest.raises(ValueError, match="has levels that predict data velocity, where programs of the ppflow layout"):
+        convert(ours, tmp_path / "other.pt", "ppflow")
+    assert not (tmp_path / "other.pt").exists()
 
 
 @pytest.mark.parametrize("patch_sizes", [((1, 1),), ((4, 2),), ((8, 8), (4, 4)), ((2, 6), (1, 6), (1, 3))])
@@ -333,15 +355,16 @@ def test_the_finest_level_computes_what_sit_did(levels):
     assert same_weights(sit.state_dict(), before)
 
 
+@pytest.mark.parametrize("bottleneck", [None, 9])
 @pytest.mark.parametrize("patch", [(4, 4), (2, 4), (4, 2), (8, 8), (6, 4), (2, 2)])
 @torch.no_grad()
-def test_a_coarse_level_is_sit_on_the_mean_pixels(patch):
+def test_a_coarse_level_is_sit_on_the_mean_pixels(patch, bottleneck):
     """The mean of the sub-pixels goes in, and the output of the fine pixel goes to each of them."""
     size = (24, 24)
     factor = (patch[0] // 2, patch[1] // 2)
-    model = tiny(1, patch_sizes=(patch, (2, 2)), input_size=size)
-    initialize_levels(model, tiny(1, input_size=size))
-    small = tiny(1, input_size=(24 // factor[0], 24 // factor[1]))
+    model = tiny(1, patch_sizes=(patch, (2, 2)), input_size=size, bottleneck=bottleneck)
+    initialize_levels(model, tiny(1, input_size=size, bottleneck=bottleneck))
+    small = tiny(1, input_size=(24 // factor[0], 24 // factor[1]), bottleneck=bottleneck)
     small.pos_embed_0 = model.pos_embed_0  # a coarse token sits where its top-left fine token does
     x, t, y = inputs(size=size)
     mean = F.avg_pool2d(x, factor)
@@ -451,6 +474,7 @@ def test_new_labels_meet_the_finest_level_of_a_pyramid():
         ({"in_channels": 3}, "in_channels is 3 there, 4 here"),
         ({"num_heads": 2}, "num_heads is 2 there, 4 here"),
         ({"mlp_ratio": 2.0}, "width of the MLP is 128 there, 256 here"),
+        ({"bottleneck": 9}, "bottleneck is 9 there, None here"),
         ({"patch_sizes": (8, 4)}, r"none of their patches \(8x8, 4x4\) divides 2x4"),
     ],
 )

@@ -396,19 +396,61 @@ def test_a_level_compiles_with_inductor():
     check_compiled("inductor", range(1))
 
 
+# -- The patch embedding's bottleneck --
+
+
+@torch.no_grad()
+def test_a_bottleneck_factors_the_patch_embedding():
+    model = random_model({**SQUARE, "bottleneck": 7})
+    plain = random_model(SQUARE)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("x_embedder.")}
+    for level, (down, up) in enumerate(model.x_embedder):
+        assert (down.out_features, down.bias, up.in_features) == (7, None, 7)
+        state |= {f"x_embedder.{level}.weight": up.weight @ down.weight, f"x_embedder.{level}.bias": up.bias}
+        own = {id(parameter) for parameter in model.level_parameters(level)}
+        assert {id(parameter) for parameter in (down.weight, up.weight, up.bias)} < own
+    plain.load_state_dict(state)
+    for level in range(3):
+        inputs = random_inputs(model)
+        torch.testing.assert_close(model(*inputs, level=level), plain(*inputs, level=level))
+    assert PyramidalPatchDiT(**model.config).state_dict().keys() == model.state_dict().keys()
+    for start in PyramidalPatchDiT(**{**SQUARE, "bottleneck": 7}).x_embedder[0]:  # Xavier's, as without
+        bound = (6 / sum(start.weight.shape)) ** 0.5
+        assert 0.8 * bound < start.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "message"),
+    [
+        (0, "a bottleneck of 0 is none between the 48 values of a 4x4 patch and the width 32: give 1 to 31"),
+        (32, "a bottleneck of 32 is none"),
+        (12, "between the 12 values of a 2x2 patch and the width 32: give 1 to 11"),
+    ],
+)
+def test_a_bottleneck_that_is_none_is_refused(bottleneck, message):
+    with pytest.raises(ValueError, match=message):
+        PyramidalPatchDiT(**SQUARE, bottleneck=bottleneck)
+
+
 # -- Names and configurations --------------------------------------------------------------------------------------
 
 
 def test_every_registered_name_builds():
     expected = {f"PPF-{size}-{levels}": levels for size in ("T", "S", "B", "L", "XL") for levels in (2, 3)}
     expected |= {f"SiT-{size}/{patch}": 1 for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} | {"SiT-T/2": 1}
+    expected |= {f"SiT-{size}/{patch}": 1 for size in ("B", "L") for patch in (16, 32)}
+    expected |= {f"PPF-{size}-{n}/{patch}": n for size in ("B", "L") for n in (2, 3) for patch in (16, 32)}
     assert set(MODELS) == set(expected)
     pyramids = {1: None, 2: ((4, 4), (2, 2)), 3: ((4, 4), (2, 4), (2, 2))}
     for name, levels in expected.items():
         model = on_meta(name)
         assert model.num_levels == levels
-        patch_sizes = pyramids[levels] or ((int(name[-1]),) * 2,)
-        assert model.patch_sizes == patch_sizes
+        finest = int(name.split("/")[1]) if "/" in name else 2
+        patch_sizes = pyramids[levels] or ((2, 2),)
+        assert model.patch_sizes == tuple((p * finest // 2, q * finest // 2) for p, q in patch_sizes)
+        if finest > 8:  # for pixels: no half of the head is dropped
+            assert model.sample_shape == (3, 16 * finest, 16 * finest)
+            assert (model.num_tokens(levels - 1), model.learn_sigma) == (256, False)
 
 
 SPELLINGS = [
@@ -422,6 +464,7 @@ SPELLINGS = [
     ("SiT_L_8", "SiT-L/8"),
     ("SIT-T/2", "SiT-T/2"),
     ("sitb4", "SiT-B/4"),
+    ("ppf-b-2-16", "PPF-B-2/16"),
 ]
 
 

@@ -84,3 +84,17 @@ def test_each_sample_is_interpolated_at_its_own_time(name: str, shape: tuple[int
     for i in range(6):
         alpha, sigma = alpha_sigma(name, t[i])
         torch.testing.assert_close(mixed[i], alpha * x1[i] + sigma * x0[i])
+
+
+@pytest.mark.parametrize("name", PATH_NAMES)
+@pytest.mark.parametrize("snr", [1e-3, 0.25, 1.0, 5.0, 1e4])
+def test_a_signal_to_noise_ratio_is_reached_at_one_time(name: str, snr: float):
+    t = PATHS[name].time_of_snr(snr)
+    alpha, sigma = alpha_sigma(name, torch.tensor(t, dtype=torch.float64))
+    assert 0 < t < 1
+    assert (alpha / sigma).item() ** 2 == pytest.approx(snr, rel=1e-9)
+
+
+def test_patch_diffusions_threshold_is_a_third_on_the_linear_path():
+    assert PATHS["Linear"].time_of_snr(0.25) == pytest.approx(1 / 3, abs=1e-15)
+    assert PATHS["VP"].time_of_snr(1e-6) < 0  # VP is never so noisy: alpha(0) = 0.0066

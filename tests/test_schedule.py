@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from transport import Interval, PatchSchedule
+from transport import Interval, PatchSchedule, expert_parts
 
 
 def random_schedules(count: int, max_levels: int = 6) -> list[PatchSchedule]:
@@ -209,3 +209,35 @@ def test_steps_that_are_no_whole_numbers_are_refused(steps: object):
     schedule = PatchSchedule((0.5, 0.75))
     with pytest.raises(ValueError, match="whole numbers"):
         schedule.share_steps(steps, schedule.intervals(0.0, 1.0))
+
+
+# -- Experts -------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_gets_the_patch_sizes_that_its_interval_meets():
+    rng = random.Random(1)
+    for _ in range(200):
+        times = [number / 50 for number in range(1, 50)]
+        level_edges, expert_edges = (sorted(rng.sample(times, rng.randrange(5))) for _ in range(2))  # some are the same
+        parts = expert_parts(level_edges, expert_edges)
+        assert [part.interval for part in parts] == list(pairwise((0.0, *expert_edges, 1.0)))
+        sizes = list(pairwise((0.0, *level_edges, 1.0)))
+        for (start, stop), inside, patches in parts:
+            met = [index for index, (low, high) in enumerate(sizes) if max(low, start) < min(high, stop)]
+            assert list(patches) == met
+            assert inside == tuple(edge for edge in level_edges if start < edge < stop)
+        cuts = sorted({*level_edges, *expert_edges})
+        assert [edge for part in parts for edge in (part.interval[0], *part.level_edges)] == [0.0, *cuts]
+
+
+@pytest.mark.parametrize("edges", [(0.5, 0.4), (0.5, 0.5), (0.0,), (1.0,), (-0.5,)])
+def test_experts_whose_edges_do_not_ascend_are_refused(edges: tuple[float, ...]):
+    with pytest.raises(ValueError, match="expert edges must ascend strictly between 0 and 1"):
+        expert_parts((), edges)
+
+
+def test_a_level_between_an_experts_edge_and_one_of_the_patch_sizes_lasts_for_a_while():
+    assert len(expert_parts((0.5,), (0.5,))) == 2
+    for edge in (0.5 + 1e-9, 0.4995):
+        with pytest.raises(ValueError, match="nothing is left to train"):
+            expert_parts((0.5,), (edge,))

@@ -129,3 +129,14 @@ def test_wrong_densities_are_refused(sampling: str, params: tuple[float, ...] | 
 def test_densities_at_one_end_alone_are_refused():
     with pytest.raises(ValueError, match="put nearly all times at t = 1"):
         create_transport(time_sampling="logit-normal", time_params=(900.0, 1.0))
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_an_expert_draws_the_times_of_its_interval_by_the_density_there(path: str):
+    for settings in ({}, {"time_sampling": "logit-normal", "time_params": (-0.4, 1.1)}):
+        everywhere = draw_times(1000, 40, path_type=path, **settings).flatten()
+        inside = everywhere[(everywhere > 0.2) & (everywhere <= 0.45)]
+        alone = draw_times(500, 10, path_type=path, interval=(0.2, 0.45), **settings).flatten()
+        assert alone.min() >= 0.2
+        assert alone.max() <= 0.45
+        assert stats.ks_2samp(alone.numpy(), inside.numpy()).statistic < 0.01

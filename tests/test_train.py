@@ -93,7 +93,7 @@ def test_checkpoint_is_plain_data_and_describes_itself(tiny_run: Path) -> None:
     saved = checkpoint(tiny_run, 20)
     assert saved["step"] == 20
     assert saved["config"]["model_name"] == "PPF-T-2"
-    model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10)
+    model = create_model("PPF-T-2", input_size=8, in_channels=1, num_classes=10, learn_sigma=False)
     model.load_state_dict(saved["model"])
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.load_state_dict(saved["opt"])
@@ -452,7 +452,7 @@ def test_unknown_flag_is_an_error_and_not_an_abbreviation(refuses) -> None:
         (["--ckpt", "no/such.pt"], "no/such.pt does not exist"),
         (["--model", "SiT-T/2", "--level-edges", "0.5"], "give 0 level edge(s)"),
         (["--model", "SiT-S/8", "--max-steps", "0"], "at least 1"),
-        (["--loss-weight", "snr"], "not one of None, velocity, likelihood"),
+        (["--loss-weight", "min-snr-5"], "not one of None, velocity, likelihood, data"),
         (["--cfg-scales", "inf"], "inf is not a finite number"),
         (["--lr", "inf"], "inf"),
         (["--epochs", "3", "--max-steps", "5"], "give one of them"),

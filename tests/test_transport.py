@@ -424,6 +424,44 @@ def test_a_model_with_other_levels_than_the_schedule_is_refused(levels: int, edg
         create_transport(level_edges=edges).training_losses(Arbitrary(levels), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("interval", "settings", "message"),
+    [
+        ((0.5, 0.5), {}, "within"),
+        ((-0.1, 0.5), {}, "within"),
+        ((0.5, 1.1), {}, "within"),
+        ((0.5, 1.0), {"level_edges": (0.4,)}, "not within the interval"),
+        ((0.0, 5e-4), {"prediction": "noise"}, "leaves nothing"),
+    ],
+)
+def test_an_interval_that_no_expert_can_serve_is_refused(interval: tuple, settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        create_transport(interval=interval, **settings)
+
+
+def test_a_lone_expert_does_not_go_all_the_way():
+    transport = create_transport(interval=(0.25, 1.0))
+    assert transport.train_interval == (0.25, 1.0)
+    create_transport(interval=(0.0, 1.0)).check_served()
+    sampler, x = Sampler(transport), torch.zeros(2, 3)
+    for solve in (
+        lambda: sampler.sample_ode(Arbitrary(1), x),
+        lambda: sampler.sample_ode(Arbitrary(1), x, reverse=True),
+        lambda: sampler.sample_sde(Arbitrary(1), x),
+        lambda: sampler.log_likelihood(Arbitrary(1), x),
+    ):
+        with pytest.raises(ValueError, match=r"an expert for t in \[0.25, 1\] alone"):
+            solve()
+
+
+def test_edges_at_which_experts_take_over_do_not_move():
+    model = Arbitrary(3)
+    model.fixed_edges = {1: 0.3}
+    create_transport(level_edges=(0.3, 0.6)).check_levels(model)
+    with pytest.raises(ValueError, match=r"move 0\.3, at which another expert takes over"):
+        create_transport(level_edges=(0.4, 0.6)).check_levels(model)
+
+
 def test_oracle_coefficients_are_consistent():
     # Guards the oracle itself: the numbers used above are those of the vectorised form.
     for path in PATH_NAMES:

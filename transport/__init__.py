@@ -3,8 +3,9 @@
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
+from transport.predictions import PREDICTIONS
 from transport.sampler import Sampler, bits_per_dim
-from transport.schedule import Interval, PatchSchedule
+from transport.schedule import ExpertPart, Interval, PatchSchedule, expert_parts
 from transport.solvers import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
@@ -18,7 +19,7 @@ from transport.solvers import (
     check_ode_method,
 )
 from transport.times import TIME_SAMPLINGS
-from transport.transport import PREDICTIONS, Transport, create_transport
+from transport.transport import Transport, create_transport
 from transport.weights import LOSS_WEIGHTS
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "SDE_METHODS",
     "TIME_SAMPLINGS",
     "ClassifierFreeGuidance",
+    "ExpertPart",
     "GaussianNoise",
     "Guidance",
     "Interval",
@@ -46,5 +48,6 @@ __all__ = [
     "bits_per_dim",
     "check_ode_method",
     "create_transport",
+    "expert_parts",
     "randn",
 ]

@@ -41,6 +41,14 @@ class Path(ABC):
         alpha, sigma, _, _ = self.coefficients(t)
         return alpha / (alpha + sigma)
 
+    def time_of_snr(self, snr: float) -> float:
+        """Time at which the signal-to-noise ratio (alpha / sigma)^2 has a value above 0.
+
+        Where the path is never so noisy (VP), the time is below 0.
+        """
+        ratio = torch.tensor(snr, dtype=torch.float64, device="cpu").sqrt()
+        return self.time_at(ratio / (1 + ratio)).item()
+
     def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t for noise x0 (N, ...), data x1 (N, ...) and times t (N,)."""
         alpha, sigma, _, _ = self.coefficients(like(t, x1))

@@ -291,6 +291,7 @@ class Sampler:
         Without num_steps the method chooses its own, and the steps are 0.
         """
         self.transport.check_levels(model)
+        self.transport.check_served()
         schedule = self.transport.schedule
         intervals = schedule.intervals(start, stop, getattr(model, "breakpoints", ()))
         if num_steps is None:

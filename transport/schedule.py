@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -38,13 +38,7 @@ class PatchSchedule:
     level_edges: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        try:
-            interior = tuple(math.fsum([edge]) for edge in self.level_edges)  # unlike float(), refuses text
-        except TypeError:
-            raise ValueError(f"level edges must be numbers, got {self.level_edges!r}") from None
-        object.__setattr__(self, "level_edges", interior)
-        if any(not low < high for low, high in pairwise(self.edges)):
-            raise ValueError(f"level edges must ascend strictly between 0 and 1, got {interior}")
+        object.__setattr__(self, "level_edges", _ascending(self.level_edges, "level edges"))
 
     @staticmethod
     def default(num_levels: int) -> PatchSchedule:
@@ -113,6 +107,53 @@ class PatchSchedule:
             shares = _share(per_level[level], [interval.length for interval in group], [1] * len(group), note)
             steps.update(zip(group, shares, strict=True))
         return [steps[interval] for interval in intervals]
+
+
+def _ascending(edges: Sequence[float], what: str) -> tuple[float, ...]:
+    """Edges as numbers (ValueError if they do not ascend between 0 and 1); `what` names them."""
+    try:
+        interior = tuple(math.fsum([edge]) for edge in edges)  # unlike float(), refuses text
+    except TypeError:
+        raise ValueError(f"{what} must be numbers, got {edges!r}") from None
+    if any(not low < high for low, high in pairwise((0.0, *interior, 1.0))):
+        raise ValueError(f"{what} must ascend strictly between 0 and 1, got {interior}")
+    return interior
+
+
+class ExpertPart(NamedTuple):
+    """An expert's part of time, and of a pyramid."""
+
+    interval: tuple[float, float]
+    level_edges: tuple[float, ...]  # within the interval: times at which the expert changes its patch size
+    patches: range  # indices of its patch sizes in the pyramid
+
+
+SHORTEST_LEVEL = 1e-3  # between an expert's edge and one of the patch sizes
+
+
+def expert_parts(level_edges: Sequence[float], expert_edges: Sequence[float]) -> list[ExpertPart]:
+    """Cut time and a pyramid among experts, from noise to data: each gets the patch sizes that its interval meets.
+
+    Args:
+        level_edges:  interior times at which the patch size changes
+        expert_edges: interior times at which the expert changes; () is one network for all times
+
+    Raises:
+        ValueError: if edges do not ascend between 0 and 1, or an expert has a patch size for nearly no time.
+    """
+    level_edges, expert_edges = _ascending(level_edges, "level edges"), _ascending(expert_edges, "expert edges")
+    for edge, other in product(expert_edges, level_edges):
+        if 0 < abs(edge - other) < SHORTEST_LEVEL:
+            raise ValueError(
+                f"between expert edge {edge!r} and level edge {other!r} nothing is left to train: make them equal, or "
+                f"move them {SHORTEST_LEVEL:g} apart"
+            )
+    parts = []
+    for start, stop in pairwise((0.0, *expert_edges, 1.0)):
+        first = sum(edge <= start for edge in level_edges)
+        inside = tuple(edge for edge in level_edges if start < edge < stop)
+        parts.append(ExpertPart((start, stop), inside, range(first, first + len(inside) + 1)))
+    return parts
 
 
 def whole_numbers(num_steps: int | Sequence[int]) -> int | list[int]:

@@ -6,12 +6,12 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from transport.noise import GaussianNoise, StudentTNoise, to_device
-from transport.paths import PATHS, Coefficients, Path, like
+from transport.paths import PATHS, Path, like
+from transport.predictions import PREDICTIONS, predictions_of, target_row
 from transport.samples import Samples, kind_of, split_by_shape, take
 from transport.schedule import PatchSchedule
 from transport.times import Density, density_of, probabilities, times_of
@@ -19,32 +19,6 @@ from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
 Model = Callable[..., torch.Tensor]
-
-PREDICTIONS = ("velocity", "noise", "score", "data")
-
-
-class LinearRow(NamedTuple):
-    """scale * quantity = a x_1 + b x_0: each quantity is one row of a linear system in (x_1, x_0)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
-
-    def determinant(self, c: Coefficients) -> torch.Tensor:
-        """Of the system of this row and the path's; up to its sign the n of transport/weights.py."""
-        return c.alpha * self.b - c.sigma * self.a
-
-
-def target_row(quantity: str, c: Coefficients) -> LinearRow:
-    """The row of a quantity. The score -x_0 / sigma is scaled by sigma, so that it is finite at sigma = 0."""
-    zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
-    rows = {
-        "velocity": LinearRow(c.d_alpha, c.d_sigma, one),
-        "noise": LinearRow(zero, one, one),
-        "score": LinearRow(zero, -one, c.sigma),
-        "data": LinearRow(one, zero, one),
-    }
-    return rows[quantity]
 
 
 class Transport:
@@ -60,6 +34,7 @@ class Transport:
         noise:             the distribution of x_0; None for N(0, I)
         density:           of the times of training; None for uniform ones
         loss_weight_value: the weight's number; None for a weight without one
+        interval:          times that the network serves; None for all
     """
 
     def __init__(
@@ -73,6 +48,7 @@ class Transport:
         noise: GaussianNoise | StudentTNoise | None = None,
         density: Density | None = None,
         loss_weight_value: float | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> None:
         self.path = path
         self.predictions = predictions
@@ -81,6 +57,7 @@ class Transport:
         self.schedule = schedule
         self.noise = noise or GaussianNoise()
         self.density = density
+        self.interval = interval
         default_train, default_sample = self.default_eps()
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
@@ -111,7 +88,9 @@ class Transport:
     @property
     def train_interval(self) -> tuple[float, float]:
         """Times on which the network is trained; a path that is regular at t = 0 (VP) is cut at its other end only."""
-        return (0.0 if self.path.regular_at_noise else self.train_eps), 1 - self.train_eps
+        start, stop = (0.0 if self.path.regular_at_noise else self.train_eps), 1 - self.train_eps
+        low, high = self.interval or (start, stop)
+        return max(start, low), min(stop, high)
 
     @property
     def sample_interval(self) -> tuple[float, float]:
@@ -325,12 +304,29 @@ class Transport:
         return weight_of(name, value, c) * (1 / n) ** 2
 
     def check_levels(self, model: Model) -> None:
-        """Refuse a model whose number of levels is known and differs from the schedule's (ValueError)."""
+        """Refuse a model with other levels than the schedule (ValueError), as far as it tells.
+
+        It may have `num_levels`, and `fixed_edges`: the times at which some of them begin (experts).
+        """
         levels = getattr(model, "num_levels", self.schedule.num_levels)
         if levels != self.schedule.num_levels:
             raise ValueError(
                 f"the model has {levels} level(s) but the schedule {self.schedule.num_levels}: "
                 f"give {levels - 1} level edge(s)"
+            )
+        for level, edge in getattr(model, "fixed_edges", {}).items():
+            if self.schedule.edges[level] != edge:
+                raise ValueError(
+                    f"level edges {list(self.schedule.level_edges)} move {edge!r}, at which another expert takes over: "
+                    "only those between patch sizes of one expert may change"
+                )
+
+    def check_served(self) -> None:
+        """Refuse to go from noise to data, or back, with a lone expert (ValueError): it serves a part of the way."""
+        low, high = self.interval or (0.0, 1.0)
+        if (low, high) != (0.0, 1.0):
+            raise ValueError(
+                f"the network is an expert for t in [{low:g}, {high:g}] alone: give the files of all experts together"
             )
 
 
@@ -354,6 +350,7 @@ def create_transport(
     loss_weight_value: float | None = None,
     time_sampling: str = "uniform",
     time_params: Sequence[float] | None = None,
+    interval: Sequence[float] | None = None,
     check_ends: bool = True,
 ) -> Transport:
     """Build a Transport from plain values.
@@ -374,18 +371,17 @@ def create_transport(
                            (1), the data's standard deviation of edm (1), the bias of sigmoid (0)
         time_sampling:     density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
         time_params:       mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
+        interval:          times (start, stop) that the network serves, an expert alone; None is all of [0, 1]
         check_ends:        refuse an eps that is too small; False for runs of earlier versions, which may have one and
                            keep it
 
     Raises:
         ValueError: if a name is unknown, a number of the weight, an eps or the edges are out of range, there is not
             one prediction for each level, or the loss at an end of its interval, or the velocity from which samples
-            start, is infinite; if the noise or the times do not go with the rest.
+            start, is infinite; if the noise, the times or the interval do not go with the rest.
     """
-    predictions = tuple(prediction.split() if isinstance(prediction, str) else prediction)
     for value, name, allowed in (
         (path_type, "path type", tuple(PATHS)),
-        *((each, "prediction", PREDICTIONS) for each in predictions or ("",)),
         (loss_weight, "loss weight", LOSS_WEIGHTS),
     ):
         if value not in allowed:
@@ -394,19 +390,15 @@ def create_transport(
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
     schedule = PatchSchedule(level_edges)
-    if len(predictions) not in (1, schedule.num_levels):
-        raise ValueError(
-            f"{len(predictions)} predictions for {schedule.num_levels} level(s): give one, or one per level, "
-            "coarsest first"
-        )
+    predictions = predictions_of(prediction, schedule.num_levels)
     if len(set(predictions)) > 1 and loss_weight is None:
         loss_weight = "velocity"  # errors of different things do not compare
     loss_weight_value = checked_value(loss_weight, loss_weight_value)
     noise, density = _noise_of(aug_dim, predictions, loss_weight), density_of(time_sampling, time_params)
     if density is not None and loss_weight == "likelihood":
         raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
-    if len(predictions) == 1:
-        predictions *= schedule.num_levels
+    if interval is not None:
+        interval = _checked_interval(interval, schedule)
     transport = Transport(
         PATHS[path_type],
         predictions,
@@ -417,7 +409,11 @@ def create_transport(
         noise,
         density,
         loss_weight_value,
+        interval,
     )
+    start, stop = transport.train_interval
+    if not start < stop:
+        raise ValueError(f"train_eps {transport.train_eps:g} leaves nothing of the expert's interval {list(interval)}")
     if density is not None:
         low, high = times_of(torch.tensor([0.05, 0.95]), density, transport.path, transport.train_interval).tolist()
         if low == high:
@@ -425,6 +421,16 @@ def create_transport(
     if check_ends and (reason := transport.training_singularity() or transport.sampling_singularity()):
         raise ValueError(reason)
     return transport
+
+
+def _checked_interval(interval: Sequence[float], schedule: PatchSchedule) -> tuple[float, float]:
+    """An expert's interval (ValueError unless it is part of [0, 1] and the levels change within it)."""
+    start, stop = map(float, interval)
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"an expert's interval is (start, stop) within [0, 1], got {list(interval)}")
+    if any(not start < edge < stop for edge in schedule.level_edges):
+        raise ValueError(f"level edges {list(schedule.level_edges)} are not within the interval {list(interval)}")
+    return start, stop
 
 
 def _noise_of(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from experts import ExpertPatchDiT
 from models import PyramidalPatchDiT
 
 
@@ -54,7 +55,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     beside = path.with_name("config.json")
     if path.name == "model.safetensors" and beside.is_file():
         config = json.loads(beside.read_text())
-        names = inspect.signature(PyramidalPatchDiT).parameters
+        names = [name for kind in (PyramidalPatchDiT, ExpertPatchDiT) for name in inspect.signature(kind).parameters]
         return {"ema": state, "config": {**config, "model": {key: config[key] for key in names if key in config}}}
     return state
 

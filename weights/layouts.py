@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from experts import Network
 from models import MODELS, SIZES, PyramidalPatchDiT
 from runtime.files import check_tensors
 
@@ -45,7 +46,7 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
         ValueError: if it is none of them.
     """
     names = list(weights)
-    if any(name.startswith("x_embedder.") and name.split(".")[1].isdigit() for name in names):
+    if any(re.match(r"(experts\.\d+\.)?x_embedder\.\d", name) for name in names):
         return "ours"
     if any(name.startswith(("level_embedder.", "x_embedder.proj1.", "final_layer.linear1.")) for name in names):
         return "ppflow"
@@ -188,7 +189,7 @@ def _head_to_channels(head: torch.Tensor, patch: tuple[int, int], factor: tuple[
     return split.permute(0, 2, 4, 1, 3, 5).reshape(head.shape)
 
 
-def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
+def export_state_dict(model: Network, layout: str) -> Weights:
     """The model's weights under the names and in the shapes of another repository, pos_embed (1, T, D) included.
 
     Args:
@@ -198,11 +199,13 @@ def export_state_dict(model: PyramidalPatchDiT, layout: str) -> Weights:
     Raises:
         ValueError: if that repository has no such model.
     """
+    if layout not in ("sit", "ppflow"):
+        raise ValueError(f"unknown layout {layout!r}: choose sit or ppflow")
+    if list(model.networks) != [""]:
+        raise ValueError(f"the {layout} layout has no experts: take our own")
     patches = model.patch_sizes
     a, b = patches[-1]
     fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
-    if layout not in fits:
-        raise ValueError(f"unknown layout {layout!r}: choose sit or ppflow")
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
@@ -267,17 +270,18 @@ def _set_positions(model: PyramidalPatchDiT, level: int, table: torch.Tensor, wh
         raise ValueError(f"{what} is not the sine-cosine table of {len(buffer)} tokens: give the right input_size")
 
 
-def own_state_dict(model: PyramidalPatchDiT) -> Weights:
+def own_state_dict(model: Network) -> Weights:
     """The state dict, with pos_embed_L for each level whose positions came from a file and differ from the computed."""
     weights = model.state_dict()
-    for level in range(model.num_levels):
-        buffer = getattr(model, f"pos_embed_{level}")
-        if not torch.equal(buffer, model.position_embedding(level).to(buffer)):
-            weights[f"pos_embed_{level}"] = buffer
+    for prefix, network in model.networks.items():
+        for level in range(network.num_levels):
+            buffer = getattr(network, f"pos_embed_{level}")
+            if not torch.equal(buffer, network.position_embedding(level).to(buffer)):
+                weights[f"{prefix}pos_embed_{level}"] = buffer
     return weights
 
 
-def fingerprint(model: PyramidalPatchDiT) -> str:
+def fingerprint(model: Network) -> str:
     """The sha256 of a network's names and weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(own_state_dict(model).items()):
@@ -287,16 +291,20 @@ def fingerprint(model: PyramidalPatchDiT) -> str:
 
 
 def load_own_state_dict(
-    model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
+    model: Network, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
     """Load the result of `own_state_dict`; arguments and errors as in `import_state_dict`."""
-    names = {f"pos_embed_{level}": level for level in range(model.num_levels)}
+    names = {
+        f"{prefix}pos_embed_{level}": (network, level)
+        for prefix, network in model.networks.items()
+        for level in range(network.num_levels)
+    }
     parameters = {name: tensor for name, tensor in weights.items() if name not in names}
     check_tensors(parameters, model.state_dict(), source)
     model.load_state_dict(parameters)
-    for name, level in names.items():
+    for name, place in names.items():
         if name in weights:
-            _set_positions(model, level, weights[name], f"{source}: {name}", other_size)
+            _set_positions(*place, weights[name], f"{source}: {name}", other_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------

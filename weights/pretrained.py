@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from data.autoencoder import SHORT_NAMES
+from experts import ExpertPatchDiT, Network, network_of
 from models import PyramidalPatchDiT
 from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
 from transport import PatchSchedule, create_transport
+from transport.predictions import predictions_of
 from weights.files import choose_weights, read_file
 from weights.layouts import (
     export_state_dict,
@@ -34,11 +38,14 @@ from weights.layouts import (
 )
 from weights.published import download
 
+# What experts that sample together have in common, of the arguments of create_transport
+SAMPLING_PROCESS = ("path_type", "prediction", "train_eps", "sample_eps", "aug_dim")
+
 
 class TrainedWeights(NamedTuple):
     """A network with the process it was trained for."""
 
-    model: PyramidalPatchDiT
+    model: Network
     transport: dict[str, Any]  # arguments of create_transport
     vae: str  # "none" for pixels, or a diffusers id or path
     name: str  # in the registry if it has a model of these sizes, else a description
@@ -48,13 +55,17 @@ class TrainedWeights(NamedTuple):
 
 
 def load_pretrained(
-    name_or_path: str | Path, weights: str = "ema", cache_dir: str | Path | None = None, **overrides: Any
+    name_or_path: str | Path | Sequence[str | Path],
+    weights: str = "ema",
+    cache_dir: str | Path | None = None,
+    **overrides: Any,
 ) -> TrainedWeights:
     """A trained model, in evaluation mode on the CPU, from weights in any layout.
 
     Args:
         name_or_path: PPF-XL-2, PPF-XL-3 or SiT-XL/2, downloaded on first use; a run's folder for its newest checkpoint;
-                      a folder of save_pretrained; or a file in SiT's, PPFlow's or our layout (.pt or .safetensors)
+                      a folder of save_pretrained; or a file in SiT's, PPFlow's or our layout (.pt or .safetensors).
+                      Several of them, in any order, if each is an expert for a part of time
         weights:      "ema", or "model" for the last ones of a training checkpoint
         cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
         overrides:    arguments of PyramidalPatchDiT that win over the file's; no tensor's shape gives num_heads, or a
@@ -62,9 +73,16 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: if there is no such file or published model.
-        ValueError:        if the file is damaged or of another model; the message names the tensor.
+        ValueError:        if the file is damaged or of another model; the message names the tensor. If several are not
+                           the experts of one process, for all times.
         ConnectionError:   if a download fails.
     """
+    names = [name_or_path] if isinstance(name_or_path, (str, Path)) else list(name_or_path)
+    found = [(str(name), _load(name, weights, cache_dir, **overrides)) for name in names]
+    return found[0][1] if len(names) == 1 else join_experts(found)
+
+
+def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, **overrides: Any) -> TrainedWeights:
     path = _locate(name_or_path, cache_dir)
     checkpoint = read_file(path)
     state, source = choose_weights(checkpoint, weights, path), str(path)
@@ -76,7 +94,7 @@ def load_pretrained(
                 f"{path} holds our weights without their config: give a checkpoint of train.py, or what "
                 "download.py convert or save_pretrained wrote"
             )
-        model = PyramidalPatchDiT(**{**config["model"], **overrides})
+        model = network_of(config["model"], **overrides)
         load_own_state_dict(model, state, source, other_size)
         described, vae, scaling = config.get("transport", {}), config.get("vae"), config.get("scaling")
         step = int(checkpoint.get("step", 0))
@@ -89,31 +107,117 @@ def load_pretrained(
         step = max((int(parameter.get("step", 0)) for parameter in moments.values()), default=0)  # Adam counts them
     transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
     vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
-    name = registry_name(model) or _describe(model)
     published = not Path(name_or_path).expanduser().exists()
     stated = frozenset(transport if published else transport.keys() & described.keys())
-    return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated)
+    return TrainedWeights(model.eval(), transport, vae, _name(model), step, scaling, stated)
 
 
-def initialize_from(model: PyramidalPatchDiT, name_or_path: str | Path) -> list[str]:
-    """Start a model from trained weights; returns the lines of `initialize_levels`, raises as `load_pretrained`."""
-    return initialize_levels(model, load_pretrained(name_or_path).model)
+def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
+    """Experts that were trained alone as one network with one process.
+
+    Their losses' weights and times may differ; the result has those of the first one.
+
+    Args:
+        found: each with its source, in any order
+
+    Raises:
+        ValueError: if they do not cover [0, 1] piece by piece, or differ in what samples depend on.
+    """
+    for source, part in found:
+        if part.transport["interval"] is None:
+            raise ValueError(f"{source} is no expert that was trained alone (train.py --expert): give it alone")
+    parts = sorted(found, key=lambda item: item[1].transport["interval"])
+    covered, before = 0.0, "0"
+    for source, part in parts:
+        start, stop = part.transport["interval"]
+        if start != covered:
+            fault = "nothing serves" if start > covered else "two experts serve"
+            low, high = sorted((covered, start))
+            raise ValueError(f"{fault} t in [{low!r}, {high!r}], between {before} and {source}: give other files")
+        covered, before = stop, source
+    if covered != 1:
+        raise ValueError(f"nothing serves t in [{covered!r}, 1], after {before}: give the files of all experts")
+
+    def decisive(part: TrainedWeights) -> dict[str, Any]:
+        network = {name: getattr(part.model, name) for name in ("num_classes", "in_channels", "input_size")}
+        process = {name: part.transport[name] for name in SAMPLING_PROCESS}
+        return {**network, **process, "autoencoder": part.vae, "scaling of the latents": part.scaling}
+
+    (first_source, first), *others = parts
+    for source, part in others:
+        for name, value in decisive(part).items():
+            if value != decisive(first)[name]:
+                raise ValueError(
+                    f"{name} is {decisive(first)[name]} in {first_source} and {value} in {source}: experts of one "
+                    "process have the same"
+                )
+    processes = [part.transport for _, part in parts]
+    model = ExpertPatchDiT([part.model for _, part in parts], [process["interval"][0] for process in processes[1:]])
+    edges = [edge for process in processes for edge in (process["interval"][0], *process["level_edges"])]
+    words = [word for _, part in parts for word in predictions_of(part.transport["prediction"], part.model.num_levels)]
+    prediction = words[0] if len(set(words)) == 1 else " ".join(words)
+    return first._replace(
+        model=model.eval(),
+        transport={**first.transport, "prediction": prediction, "level_edges": edges[1:], "interval": None},
+        name=_name(model),
+        step=min(part.step for _, part in parts),
+        stated=frozenset.intersection(*(part.stated for _, part in parts)),
+    )
 
 
-def default_transport(model: PyramidalPatchDiT) -> dict[str, Any]:
+def initialize_from(model: Network, name_or_path: str | Path, interval: tuple[float, float] | None = None) -> list[str]:
+    """Start a model from trained weights, by `initialize_levels`.
+
+    Experts all start from one network (eDiff-I, arXiv:2211.01324). From experts each starts from the one that serves
+    the middle of its own interval: they may be divided further.
+
+    Args:
+        interval: times that the model serves, an expert alone; None for all
+
+    Returns:
+        the lines of `initialize_levels`.
+
+    Raises:
+        ValueError: if experts are to become one network, or as `load_pretrained` and `initialize_levels`; other errors
+                    as `load_pretrained`.
+    """
+    source = load_pretrained(name_or_path).model
+    networks, origins = list(model.networks.values()), list(source.networks.values())
+    if len(origins) > 1 and len(networks) == 1 and interval is None:
+        raise ValueError(f"{name_or_path} holds {len(origins)} experts, which do not become one network")
+    start, stop = interval or (0.0, 1.0)
+    lines: dict[str, None] = {}
+    for network, (low, high) in zip(networks, pairwise((start, *edges_of(model), stop)), strict=True):
+        origin = origins[sum(edge <= (low + high) / 2 for edge in edges_of(source))]
+        lines |= dict.fromkeys(initialize_levels(network, origin))
+    return list(lines)
+
+
+def edges_of(model: Network) -> tuple[float, ...]:
+    """Times at which one expert follows another; () for one network."""
+    return getattr(model, "expert_edges", ())
+
+
+def default_transport(model: Network) -> dict[str, Any]:
     """The process of the published weights, assumed for files that do not name theirs."""
+    edges = edges_of(model) or PatchSchedule.default(model.num_levels).level_edges
     return {
         "path_type": "Linear",
         "prediction": "velocity",
         "loss_weight": None,
         "train_eps": None,
         "sample_eps": None,
-        "level_edges": list(PatchSchedule.default(model.num_levels).level_edges),
+        "level_edges": list(edges),
         "aug_dim": None,
         "loss_weight_value": None,
         "time_sampling": "uniform",
         "time_params": None,
+        "interval": None,
     }
+
+
+def _name(model: Network) -> str:
+    return "+".join(registry_name(network) or _describe(network) for network in model.networks.values())
 
 
 def _describe(model: PyramidalPatchDiT) -> str:
@@ -138,7 +242,9 @@ def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
     return download(str(name_or_path), cache_dir)
 
 
-def convert(source: str | Path, out: str | Path, layout: str, weights: str = "ema", **overrides: Any) -> TrainedWeights:
+def convert(
+    source: str | Path | Sequence[str | Path], out: str | Path, layout: str, weights: str = "ema", **overrides: Any
+) -> TrainedWeights:
     """Write weights of any layout as a .pt or .safetensors file in another.
 
     Args:
@@ -169,6 +275,8 @@ def convert(source: str | Path, out: str | Path, layout: str, weights: str = "em
         content = {"ema": state, "config": config, "step": pretrained.step}
         metadata |= {"config": json.dumps(config), "step": str(pretrained.step)}
     else:
+        if pretrained.transport["interval"] is not None:
+            raise ValueError(f"{source} is an expert for a part of time, which the layout of {layout} does not tell")
         if pretrained.transport["aug_dim"] is not None:
             raise ValueError(
                 f"{source} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
