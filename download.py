@@ -1,10 +1,10 @@
 """Fetch published weights, or write weights in another layout.
 
     python download.py PPF-XL-2                                     into the cache folder
-    python download.py convert IN OUT --layout {ours,ppflow,sit}    from any layout to any that fits
+    python download.py convert IN OUT --layout {ours,ppflow,sit,fit}    from any layout to any that fits
 
-IN is the name of published weights, a run's folder, a folder of save_pretrained, or a file in this program's, SiT's or
-PPFlow's layout. OUT is a .pt or a .safetensors file; weights/pretrained.py says what it holds.
+IN is the name of published weights, a run's folder, a folder of save_pretrained, or a file in this program's, SiT's,
+PPFlow's or FiT's layout. OUT is a .pt or a .safetensors file; weights/pretrained.py says what it holds.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Fetch published weights into the cache folder ($PPFLOW_CACHE, or ~/.cache/ppflow).",
         epilog="download.py convert --help: write weights in another layout",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PUBLISHED)} (none given: all of them)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PUBLISHED)} (none given: all but FiT's)")
     parser.add_argument("--verify", action="store_true", help="read files that are there, and compare their sha256")
     args = parser.parse_args(argv)
     with user_input():
-        for name in [published_name(name) for name in args.names] or PUBLISHED:
+        wanted = args.names or [name for name in PUBLISHED if not name.startswith("FiT")]  # those are 33 GB
+        for name in [published_name(name) for name in wanted]:
             path = download(name, verify=args.verify)
             print(f"{name}: {path} ({path.stat().st_size:,} bytes)")
 

@@ -21,6 +21,16 @@ from models import MODELS, Groups, PyramidalPatchDiT, canonical_name, create_mod
 MODEL_CARD = Path(__file__).parent / "weights" / "expert_card.md"  # a template
 
 
+def _of_all(name: str) -> property:
+    """An attribute that all experts share: read from the first, set for all."""
+
+    def set_all(model: ExpertPatchDiT, value: Any) -> None:
+        for expert in model.experts:
+            setattr(expert, name, value)
+
+    return property(lambda model: getattr(model.experts[0], name), set_all)
+
+
 class ExpertPatchDiT(
     nn.Module,
     PyTorchModelHubMixin,
@@ -58,7 +68,7 @@ class ExpertPatchDiT(
             )
         if any(not low < high for low, high in pairwise((0.0, *edges, 1.0))):
             raise ValueError(f"expert edges must ascend strictly between 0 and 1, got {edges}")
-        for name in ("in_channels", "input_size", "num_classes"):
+        for name in ("in_channels", "input_size", "num_classes", "position", "train_tokens"):
             values = [getattr(expert, name) for expert in self.experts]
             if len(set(values)) > 1:
                 raise ValueError(f"experts must have the same {name}, got {', '.join(map(str, values))}")
@@ -108,10 +118,6 @@ class ExpertPatchDiT(
         return self.experts[0].in_channels
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        return self.experts[0].input_size
-
-    @property
     def num_classes(self) -> int:
         return self.experts[0].num_classes
 
@@ -124,25 +130,26 @@ class ExpertPatchDiT(
     def num_parameters(self) -> int:
         return sum(expert.num_parameters for expert in self.experts)
 
-    @property
-    def activation_checkpointing(self) -> bool:
-        """The backward pass computes the blocks again instead of keeping them."""
-        return self.experts[0].activation_checkpointing
+    input_size = _of_all("input_size")
+    position = _of_all("position")
+    train_tokens = _of_all("train_tokens")
+    rope_scaling = _of_all("rope_scaling")
+    activation_checkpointing = _of_all("activation_checkpointing")
 
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, value: bool) -> None:
-        for expert in self.experts:
-            expert.activation_checkpointing = value
+    def input_size_of(self, size: Sequence[int], factor: int = 1) -> tuple[int, int]:
+        """The size of inputs for samples of a size, if all experts take them: see PyramidalPatchDiT.input_size_of."""
+        sizes = [expert.input_size_of(size, factor) for expert in self.experts]
+        return sizes[0]
 
-    def num_tokens(self, level: int) -> int:
-        """Tokens T per sample at a level."""
+    def num_tokens(self, level: int, size: tuple[int, int] | None = None) -> int:
+        """Tokens T per sample at a level: see PyramidalPatchDiT.num_tokens."""
         expert, own = self.place(level)
-        return expert.num_tokens(own)
+        return expert.num_tokens(own, size)
 
-    def macs(self, level: int) -> int:
+    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
         """Multiply-accumulates of one evaluation for one sample: see PyramidalPatchDiT.macs."""
         expert, own = self.place(level)
-        return expert.macs(own)
+        return expert.macs(own, size)
 
     def describe(self) -> str:
         """Size of the experts in words."""

@@ -13,25 +13,31 @@ import inspect
 import math
 import operator
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from positions import level_position_embedding, patchify, unpatchify
+from blocks import (
+    MLPS,
+    TIME_INPUTS,
+    DiTBlock,
+    FinalLayer,
+    Groups,
+    Joined,
+    TimestepEmbedder,
+    modulation_layer,
+    table_embedder,
+)
+from positions import POSITIONS, RopeScaling, level_position_embedding, patchify, rotary_table, unpatchify
 
-FREQUENCY_FEATURES = 256  # sinusoidal features of t
 MODEL_CARD = Path(__file__).parent / "weights" / "model_card.md"  # a template
-
-Groups = Sequence[torch.Tensor]  # one tensor for each group of samples; all samples of a group are at the same level
 
 
 def patch_embedder(patch_features: int, hidden_size: int, bottleneck: int | None) -> nn.Module:
@@ -39,132 +45,6 @@ def patch_embedder(patch_features: int, hidden_size: int, bottleneck: int | None
     if bottleneck is None:
         return nn.Linear(patch_features, hidden_size)
     return nn.Sequential(nn.Linear(patch_features, bottleneck, bias=False), nn.Linear(bottleneck, hidden_size))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Conditioning
-
-
-class TimestepEmbedder(nn.Module):
-    """t in [0, 1] -> (N, D). The sinusoids see t itself, not 1000 t (the convention of SiT's weights)."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        half = FREQUENCY_FEATURES // 2
-        frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=t.dtype))
-        angle = t[:, None] * frequencies
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
-def table_embedder(num_rows: int, hidden_size: int) -> nn.Sequential:
-    """Integer ids (N,) -> (N, D), by a table with the name that it has in DiT's weights."""
-    return nn.Sequential(OrderedDict(embedding_table=nn.Embedding(num_rows, hidden_size)))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: x (N, T, D) with one shift and scale (N, D) per sample."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each sample, (N, T, D) -> (N, T, D)."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.attend(self.qkv(x)))
-
-    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """(N, T, 3D) -> (N, T, D)."""
-        n, t, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        if n == 0:  # CUDA's attention kernels refuse an empty batch
-            return qkv[..., :d]
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, d // self.num_heads)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)
-
-
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero (DiT, section 3.2).
-
-    A pass of the network may hold several levels: groups of samples with T tokens each, which never meet.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        inner_size = int(hidden_size * mlp_ratio)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(hidden_size, inner_size),
-                act=nn.GELU(approximate="tanh"),
-                fc2=nn.Linear(inner_size, hidden_size),
-            )
-        )
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def block(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Tokens x (N, T, D) of one level under conditions c (N, D)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-    def forward(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Groups of one or several levels in one call: FSDP2 gathers weights once, torch.compile makes one graph."""
-        if len(groups) == 1:
-            return [self.block(groups[0], conditions[0])]
-        return self.blocks_at_once(groups, conditions)
-
-    def blocks_at_once(self, groups: list[torch.Tensor], conditions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`block` of every group; linear layers read their weights once for all tokens (benchmarks/RESULTS.md)."""
-        modulations = self.adaLN_modulation(torch.cat(conditions)).split([len(c) for c in conditions])
-        parts = zip(*(modulation.chunk(6, dim=1) for modulation in modulations), strict=True)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        inputs = [modulate(self.norm1(x), *m) for x, *m in zip(groups, shift_msa, scale_msa, strict=True)]
-        attended = [self.attn.attend(qkv) for qkv in at_once(self.attn.qkv, inputs)]
-        groups = add_gated(groups, gate_msa, at_once(self.attn.proj, attended))
-        inputs = [modulate(self.norm2(x), *m) for x, *m in zip(groups, shift_mlp, scale_mlp, strict=True)]
-        return add_gated(groups, gate_mlp, at_once(self.mlp, inputs))
-
-
-def at_once(layer: nn.Module, groups: Groups) -> list[torch.Tensor]:
-    """Apply a layer that acts on single tokens to all groups (N, T, features) in one call."""
-    out = layer(torch.cat([group.flatten(0, 1) for group in groups]))
-    parts = out.split([group.shape[0] * group.shape[1] for group in groups])
-    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
-
-
-def add_gated(groups: Groups, gates: Groups, outputs: Groups) -> list[torch.Tensor]:
-    """x + gate * output for every group x (N, T, D) with its gate (N, D)."""
-    return [x + gate.unsqueeze(1) * out for x, gate, out in zip(groups, gates, outputs, strict=True)]
-
-
-class FinalLayer(nn.Module):
-    """adaLN, then the head of the level: (N, T, D) under conditions (N, D) -> (N, T, p*q*out_channels)."""
-
-    def __init__(self, hidden_size: int, patch_sizes: Sequence[tuple[int, int]], out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-        self.linear = nn.ModuleList(nn.Linear(hidden_size, p * q * out_channels) for p, q in patch_sizes)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor, level: int) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear[level](modulate(self.norm_final(x), shift, scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,12 +70,22 @@ class PyramidalPatchDiT(
         hidden_size: width D, divisible by num_heads and by 4
         depth:       number of transformer blocks
         num_heads:   attention heads
-        mlp_ratio:   inner width of the MLP over D
+        mlp_ratio:   inner width of the MLP over D, rounded down to a whole one
         num_classes: number of classes, and the id of the null label: the table has num_classes + 1 rows
         learn_sigma: double the head's output channels and drop the second half (the layout of DiT's weights)
         bottleneck:  embed patches by two linear layers with so many values in between (JiT, arXiv:2511.13720); None
                      for one layer
         unit_patch:  patch whose tokens positions are counted in; None for the finest level's
+        position:    "sincos", added to the tokens of inputs of input_size alone; or "rope", rotary ones for inputs of
+                     any size that the patches divide (FiT, arXiv:2402.12376), of which input_size is the default
+        mlp:         "gelu" (DiT) or "swiglu" (FiT)
+        qk_norm:     normalise queries and keys (FiTv2, arXiv:2410.13925)
+        adaln_rank:  rank of each block's own modulation, beside one that all blocks share (FiTv2); None for full rank
+        rope_theta:  base of the rotary frequencies
+        train_tokens: tokens of the finest level that a sample has at most in training: beyond them the model's
+                     rope_scaling matters; None for those of input_size
+        time_input:  "t"; or "ddpm", the index of DDPM's 1000 steps at the noise level of the VP path (FiT's and DiT's
+                     weights)
 
     Raises:
         ValueError: if a patch does not divide the input, or the widths do not fit together.
@@ -214,6 +104,13 @@ class PyramidalPatchDiT(
         learn_sigma: bool = True,
         bottleneck: int | None = None,
         unit_patch: Sequence[int] | None = None,
+        position: str = "sincos",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        adaln_rank: int | None = None,
+        rope_theta: float = 10000.0,
+        train_tokens: int | None = None,
+        time_input: str = "t",
     ) -> None:
         super().__init__()
         self.input_size = _pair(input_size)
@@ -227,20 +124,33 @@ class PyramidalPatchDiT(
         self.learn_sigma = learn_sigma
         self.bottleneck = bottleneck
         self.unit_patch = None if unit_patch is None else _pair(unit_patch)
+        self.position = position
+        self.mlp = mlp
+        self.qk_norm = qk_norm
+        self.adaln_rank = adaln_rank
+        self.rope_theta = rope_theta
+        self.train_tokens = train_tokens
+        self.time_input = time_input
         self.activation_checkpointing = False  # compute the blocks again in the backward pass instead of keeping them
         self._check()
+        if position == "rope":
+            self.train_tokens = train_tokens or math.prod(self.input_size) // math.prod(self.position_unit)
+            self.rope_scaling = RopeScaling()  # of sampling: not of the weights, so no argument
 
         patch_features = [p * q * in_channels for p, q in self.patch_sizes]
         self.x_embedder = nn.ModuleList(patch_embedder(size, hidden_size, bottleneck) for size in patch_features)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, time_input)
         self.y_embedder = table_embedder(num_classes + 1, hidden_size)  # the null label's row is the last one
         if self.num_levels > 1:
             self.level_embedder = table_embedder(self.num_levels, hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        kind = mlp_ratio, mlp, qk_norm, adaln_rank
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, *kind) for _ in range(depth))
+        if adaln_rank is not None:
+            self.global_adaLN_modulation = modulation_layer(hidden_size, 6)
         self.final_layer = FinalLayer(hidden_size, self.patch_sizes, in_channels * (2 if learn_sigma else 1))
 
         # Derived from the token grid, so not part of the state dict.
-        for level in range(self.num_levels):
+        for level in range(self.num_levels if position == "sincos" else 0):
             self.register_buffer(f"pos_embed_{level}", self.position_embedding(level), persistent=False)
         self.initialize_weights()
         self._hub_mixin_config = self.config  # save_pretrained writes this: plain numbers only
@@ -269,10 +179,29 @@ class PyramidalPatchDiT(
                     f"a bottleneck of {self.bottleneck} is none between the {p * q * self.in_channels} values of a "
                     f"{p}x{q} patch and the width {self.hidden_size}: give 1 to {widest}"
                 )
+        for name, choices in (("position", POSITIONS), ("mlp", MLPS), ("time_input", TIME_INPUTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.adaln_rank is not None and self.adaln_rank < 1:
+            raise ValueError(f"adaln_rank must be at least 1, got {self.adaln_rank}")
+        if self.position == "sincos" and self.train_tokens is not None:
+            raise ValueError("train_tokens is about rotary positions: leave it out, or give position='rope'")
+        if self.position == "rope" and (self.hidden_size // self.num_heads) % 4:
+            head_dim = self.hidden_size // self.num_heads
+            raise ValueError(f"rotary positions need heads of a multiple of 4 features, not of {head_dim}")
+        if self.train_tokens is not None and self.train_tokens < 1:
+            raise ValueError(f"train_tokens must be at least 1, got {self.train_tokens}")
+        if not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+
+    @property
+    def position_unit(self) -> tuple[int, int]:
+        """The patch whose tokens positions are counted in."""
+        return self.unit_patch or self.patch_sizes[-1]
 
     def position_embedding(self, level: int) -> torch.Tensor:
         """(T, D) sine-cosine embedding of a level's token grid."""
-        sizes = self.input_size, self.patch_sizes[level], self.unit_patch or self.patch_sizes[-1]
+        sizes = self.input_size, self.patch_sizes[level], self.position_unit
         return level_position_embedding(self.hidden_size, *sizes)
 
     def initialize_weights(self) -> None:
@@ -287,6 +216,7 @@ class PyramidalPatchDiT(
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
+        modulations += [self.global_adaLN_modulation[-1]] if self.adaln_rank is not None else []
         for linear in (*modulations, *self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
@@ -318,19 +248,53 @@ class PyramidalPatchDiT(
         """The networks that share no parameters, by the prefix of their names in the state dict: itself alone."""
         return {"": self}
 
-    def num_tokens(self, level: int) -> int:
-        """Tokens T per sample at a level."""
-        (h, w), (p, q) = self.input_size, self.patch_sizes[level]
+    def num_tokens(self, level: int, size: tuple[int, int] | None = None) -> int:
+        """Tokens T per sample at a level; of samples of input_size, or of a size (H, W)."""
+        (h, w), (p, q) = size or self.input_size, self.patch_sizes[level]
         return (h // p) * (w // q)
 
-    def macs(self, level: int) -> int:
-        """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included."""
+    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
+        """Multiply-accumulates of one evaluation for one sample: every matrix product, attention included.
+
+        Args:
+            size: (H, W) of the sample; None for input_size
+        """
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model = PyramidalPatchDiT(**self.config)
-            x, t, y = torch.zeros(1, *self.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+            x = torch.zeros(1, self.in_channels, *(size or self.input_size))
+            t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
             with sdpa_kernel(SDPBackend.MATH):  # torch 2.6 counts its products on every device
                 model(x, t, y, level)
         return counter.get_total_flops() // 2
+
+    def input_size_of(self, size: Sequence[int], factor: int = 1) -> tuple[int, int]:
+        """The size (H, W) of inputs for samples of a size, if the network takes them.
+
+        Args:
+            size:   height and width, in pixels of which `factor` make one of the input
+
+        Raises:
+            ValueError: if the network knows another size alone, or a patch does not divide; the message names the
+                        nearest size that works.
+        """
+        height, width = size
+        named = f"{height}x{width}"
+        if self.position == "sincos":
+            h, w = (side * factor for side in self.input_size)
+            if (height, width) != (h, w):
+                raise ValueError(
+                    f"this network knows {h}x{w} alone, not {named}: its positions are sine-cosine, and only rotary "
+                    "ones go with other sizes"
+                )
+            return self.input_size
+        units = [factor * math.lcm(*sides) for sides in zip(*self.patch_sizes, strict=True)]
+        nearest = [max(1, round(side / unit)) * unit for side, unit in zip((height, width), units, strict=True)]
+        if (height, width) != tuple(nearest):
+            raise ValueError(
+                f"{named} does not fit: the height must be a multiple of {units[0]}, the width of {units[1]}; the "
+                f"nearest size that works is {nearest[0]}x{nearest[1]}"
+            )
+        return height // factor, width // factor
 
     def describe(self) -> str:
         """Size of the model in words."""
@@ -365,16 +329,33 @@ class PyramidalPatchDiT(
         return condition
 
     def tokens(self, x: torch.Tensor, level: int) -> torch.Tensor:
-        """Embed the patches of (N, C, H, W) and their positions: (N, T, D)."""
-        if x.shape[1:] != self.sample_shape:
-            expected, got = ("x".join(map(str, shape)) for shape in (self.sample_shape, x.shape[1:]))
-            raise ValueError(f"the model takes {expected} inputs, got {got}")
-        return self.x_embedder[level](patchify(x, self.patch_sizes[level])) + getattr(self, f"pos_embed_{level}")
+        """Embed the patches of (N, C, H, W), and their positions unless these are rotary: (N, T, D)."""
+        rotary, (p, q) = self.position == "rope", self.patch_sizes[level]
+        shape = tuple(x.shape[1:])
+        if rotary and len(shape) == 3 and shape[0] == self.in_channels:
+            if shape[1] % p or shape[2] % q or not all(shape):
+                raise ValueError(f"the {p}x{q} patch of level {level} does not divide the {shape[1]}x{shape[2]} input")
+        elif shape != self.sample_shape:
+            expected = f"{self.in_channels}xHxW" if rotary else "x".join(map(str, self.sample_shape))
+            raise ValueError(f"the model takes {expected} inputs, got {'x'.join(map(str, shape))}")
+        embedded = self.x_embedder[level](patchify(x, (p, q)))
+        return embedded.to(x.dtype) if rotary else embedded + getattr(self, f"pos_embed_{level}")
 
-    def prediction(self, tokens: torch.Tensor, condition: torch.Tensor, level: int) -> torch.Tensor:
-        """Tokens (N, T, D) after the blocks -> (N, C, H, W)."""
+    def rotation(self, x: torch.Tensor, level: int) -> torch.Tensor | None:
+        """The angles (1, 2, T, d/2) by which positions turn queries and keys, for inputs (N, C, H, W)."""
+        if self.position == "sincos":
+            return None
+        size, patches = tuple(x.shape[2:]), (self.patch_sizes[level], self.position_unit)
+        settings = self.train_tokens, self.rope_theta, self.rope_scaling
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return rotary_table(self.hidden_size // self.num_heads, size, *patches, *settings, dtype, x.device)
+
+    def prediction(
+        self, tokens: torch.Tensor, condition: torch.Tensor, level: int, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Tokens (N, T, D) after the blocks -> (N, C, H, W) of a size (H, W)."""
         patches = self.final_layer(tokens, condition, level)
-        return unpatchify(patches, self.patch_sizes[level], self.input_size)[:, : self.in_channels]
+        return unpatchify(patches, self.patch_sizes[level], size)[:, : self.in_channels]
 
     def forward(
         self,
@@ -392,7 +373,8 @@ class PyramidalPatchDiT(
             level: index of the patch size, 0 = coarsest
 
         With a sequence of levels, x, t and y are sequences as well: groups of samples, one for each level named. A
-        group may be empty; the parameters of its level then take part with gradient zero.
+        group may be empty; the parameters of its level then take part with gradient zero. With rotary positions groups
+        may have different sizes; those of one level and number of tokens share their attention calls.
 
         Returns:
             (N, C, H, W): the velocity, noise, score or data that the model was trained to predict; a list of them for a
@@ -407,15 +389,32 @@ class PyramidalPatchDiT(
         if not len(x) == len(t) == len(y) == len(level):
             raise ValueError(f"{len(level)} levels, but {len(x)}, {len(t)} and {len(y)} groups of x, t and y")
         conditions = [self.condition(*each) for each in zip(t, y, level, strict=True)]
-        groups = [self.tokens(*each) for each in zip(x, level, strict=True)]
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                groups = checkpoint(block, groups, conditions, use_reentrant=False, preserve_rng_state=False)
-            else:
-                groups = block(groups, conditions)
-        outputs = [self.prediction(*each) for each in zip(groups, conditions, level, strict=True)]
+        tokens = [self.tokens(*each) for each in zip(x, level, strict=True)]
+        rotations = [self.rotation(*each) for each in zip(x, level, strict=True)]
+        tokens = self.run_blocks(tokens, conditions, rotations, level)
+        sizes = [tuple(noisy.shape[2:]) for noisy in x]
+        outputs = [self.prediction(*each) for each in zip(tokens, conditions, level, sizes, strict=True)]
         outputs = [out.to(noisy.dtype) for out, noisy in zip(outputs, x, strict=True)]  # autocast makes it bf16
         return outputs[0] if single else outputs
+
+    def run_blocks(
+        self, tokens: Groups, conditions: Groups, rotations: Sequence[torch.Tensor | None], levels: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Tokens (N, T, D) of each group after the blocks, under conditions (N, D)."""
+        joined = Joined([(level, group.shape[1]) for level, group in zip(levels, tokens, strict=True)])
+        counts = [group.shape[0] for group in tokens]
+        groups, conditions = joined.join(tokens), joined.join(conditions)
+        rotations = joined.join_shared(rotations, counts)
+        shared = [None] * len(groups)
+        if self.adaln_rank is not None:
+            shared = list(self.global_adaLN_modulation(torch.cat(conditions)).split([len(c) for c in conditions]))
+        for block in self.blocks:
+            inputs = groups, conditions, shared, rotations
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                groups = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                groups = block(*inputs)
+        return joined.split(groups, counts)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -473,6 +472,29 @@ MODELS |= {
     for name, patch_sizes in PIXEL_PATCH_SIZES.items()
 }
 
+# Any size and aspect ratio: FiT (arXiv:2402.12376), FiTv2 (arXiv:2410.13925), and pyramids of FiTv2's block.
+FIT = {"position": "rope", "mlp": "swiglu", "patch_sizes": ((2, 2),), "time_input": "ddpm"}
+MODELS |= {f"FiT-{size}/2": {**FIT, **SIZES[size]} for size in ("B", "L", "XL")}
+FIT_V2 = {**FIT, "mlp_ratio": 8 / 3, "qk_norm": True, "learn_sigma": False, "time_input": "t"}
+V2_SIZES = {
+    "T": {"depth": 6, "hidden_size": 128, "num_heads": 4, "adaln_rank": 32},
+    "S": {"depth": 15, "hidden_size": 384, "num_heads": 6, "adaln_rank": 96},
+    "B": {"depth": 15, "hidden_size": 768, "num_heads": 12, "adaln_rank": 192},
+    "XL": {"depth": 36, "hidden_size": 1152, "num_heads": 16, "adaln_rank": 288},
+    "3B": {"depth": 40, "hidden_size": 2304, "num_heads": 24, "adaln_rank": 576},
+}
+MODELS |= {f"FiTv2-{size}/2": {**FIT_V2, **V2_SIZES[size]} for size in ("B", "XL", "3B")}
+MODELS |= {
+    f"PPFiT-{size}-{levels}": {**FIT_V2, **V2_SIZES[size], "patch_sizes": PATCH_SIZES[f"PPF-{{}}-{levels}"]}
+    for size in ("T", "S", "B", "XL")
+    for levels in (2, 3)
+}
+
+
+def plain_spelling(name: str) -> str:
+    """A model's name as all its spellings become: lower case, without separators, "ppf" for "PPFlow"."""
+    return re.sub("[-_/]", "", name.lower()).replace("ppflow", "ppf").replace("fitv1", "fit")
+
 
 def canonical_name(name: str) -> str:
     """The registry's spelling of a model name: "PPFlow_XL_2" -> "PPF-XL-2".
@@ -480,12 +502,8 @@ def canonical_name(name: str) -> str:
     Raises:
         ValueError: if no such model exists; the message lists those that do.
     """
-
-    def normal_form(text: str) -> str:
-        return re.sub("[-_/]", "", text.lower()).replace("ppflow", "ppf")
-
     for known in MODELS:
-        if normal_form(known) == normal_form(name):
+        if plain_spelling(known) == plain_spelling(name):
             return known
     raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
 

@@ -26,6 +26,7 @@ from data.autoencoder import (
     load_raw_latents,
 )
 from experts import Network, OneExpertAtATime
+from positions import RopeScaling
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
@@ -83,6 +84,7 @@ class Pipeline:
         vae: str | None = None,
         level_edges: Sequence[float] | None = None,
         process: Mapping[str, Any] | None = None,
+        rope: RopeScaling | None = None,
         cache_dir: str | Path | None = None,
         **overrides: Any,
     ) -> Pipeline:
@@ -95,6 +97,7 @@ class Pipeline:
             vae:         another autoencoder than the weights': "ema", "mse", a hub id or a local folder
             level_edges: other times at which the patch size changes
             process:     arguments of create_transport, for files that say nothing of theirs; sample_eps for any
+            rope:        scaling of rotary positions beyond the sizes of training; None for the weights' own
             cache_dir:   where downloads are kept
             overrides:   arguments of the network that win over the file's, as num_heads
 
@@ -105,6 +108,10 @@ class Pipeline:
         """
         file = load_pretrained(source, weights, cache_dir, **overrides)
         source = str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
+        if rope is not None:
+            if file.model.position != "rope":
+                raise ValueError(f"{source} has sine-cosine positions: a scaling is for rotary ones, leave it out")
+            file.model.rope_scaling = rope
         own = create_transport(**file.transport, check_ends=False)
         given = {name: value for name, value in (process or {}).items() if value is not None}
         if not isinstance(given.get("prediction", ""), str):
@@ -230,6 +237,14 @@ class Pipeline:
             )
         self._autoencoder = load_raw_latents(name)
 
+    def use_size(self, size: Sequence[int]) -> None:
+        """From here on samples are images of this height and width, unless a call says otherwise.
+
+        Raises:
+            ValueError: if the network does not take it: its positions are not rotary, or a patch does not divide it.
+        """
+        self.model.input_size = self.model.input_size_of(size, self.autoencoder.factor)
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images."""
@@ -255,9 +270,16 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
+        size: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Draw images (N, C, H, W) in about [-1, 1]; see `latents`."""
-        return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed))
+        """Draw images (N, C, H, W) in about [-1, 1]; see `latents`.
+
+        Args:
+            size: height and width of the images, for networks with rotary positions; None for `image_size`
+        """
+        if size is not None:
+            size = self.model.input_size_of(size, self.autoencoder.factor)
+        return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed, size=size))
 
     @torch.no_grad()
     def latents(
@@ -269,6 +291,7 @@ class Pipeline:
         seed: int = 0,
         x0: torch.Tensor | None = None,
         levels: range | None = None,
+        size: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Draw samples (N, C, h, w) as the network sees them.
 
@@ -280,9 +303,10 @@ class Pipeline:
             x0:         (N, C, h, w) noise to start from, instead of the generators'; the state at the first edge of
                         levels that do not begin with level 0
             levels:     walk these levels alone, with an ODE: the result is the state at their last edge; None for all
+            size:       (h, w), where no x0 tells it; None for the network's input_size
 
         Raises:
-            ValueError: if the solver, the guidance or the levels do not fit the network.
+            ValueError: if the solver, the guidance, the levels or the size do not fit the network.
             FloatingPointError: if the solver fails, or a sample is not finite.
         """
         if generators is None:
@@ -290,7 +314,8 @@ class Pipeline:
         if x0 is None and levels is not None and levels.start > 0:
             raise ValueError(f"{levels} begin at an edge: give x0, the state there")
         if x0 is None:
-            shape = (len(labels), self.model.in_channels, *self.model.input_size)
+            size = self.model.input_size if size is None else self.model.input_size_of(size)
+            shape = (len(labels), self.model.in_channels, *size)
             x0 = self.transport.noise.sample(shape, generators, self.device)
         y = self._labels(labels)
         network, sampler = guidance.of(self.model), Sampler(self.transport)
@@ -431,7 +456,9 @@ def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: 
 class _Wrapper:
     """A network around another one, of which it shows what it has no own version of."""
 
-    SHOWN = ("networks", "num_levels", "num_classes", "in_channels", "input_size", "parameters", "macs")
+    SHOWN = (
+        *("networks", "num_levels", "num_classes", "in_channels", "input_size", "input_size_of", "parameters", "macs"),
+    )
 
     def __init__(self, model: Network) -> None:
         self.model = model
@@ -454,9 +481,11 @@ class EvaluationCounter(_Wrapper):
         super().__init__(model)
         self.progress = progress
         self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two
+        self.size: tuple[int, ...] | None = None  # (h, w) of the samples
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
         self.rows[level] += len(x)
+        self.size = tuple(x.shape[2:])
         if self.progress is not None:
             self.progress.update(1)
         return self.model(x, t, y=y, level=level)
@@ -466,8 +495,8 @@ class EvaluationCounter(_Wrapper):
         return sum(self.rows) / num_samples
 
     def gmacs(self, num_samples: int) -> float:
-        """Billions of multiply-accumulates per sample."""
-        return sum(rows * self.model.macs(level) for level, rows in enumerate(self.rows)) / num_samples / 1e9
+        """Billions of multiply-accumulates per sample, for samples of one size."""
+        return sum(rows * self.model.macs(level, self.size) for level, rows in enumerate(self.rows)) / num_samples / 1e9
 
 
 class _FinestLevel(_Wrapper):
@@ -476,8 +505,8 @@ class _FinestLevel(_Wrapper):
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
         return self.model(x, t, y=y, level=self.model.num_levels - 1)
 
-    def macs(self, level: int) -> int:
-        return self.model.macs(self.model.num_levels - 1)
+    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
+        return self.model.macs(self.model.num_levels - 1, size)
 
 
 class _Zero(_Wrapper):

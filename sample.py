@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         solver = cli.solver_from(args, LIKELIHOOD_SOLVER if args.likelihood else None)
         guidance = cli.guidance_from(args, default=1.0 if given else 4.0)
         check_out(Path(out), picture=not args.likelihood)
-        pipe = cli.load_pipeline(args, pictures=not args.likelihood)
+        pipe = cli.load_pipeline(args, pictures=not args.likelihood, any_size=True)
         pipe.to(device, precision, args.compile, args.offload_experts)
         if args.compare_finest:
             pipe.finest_only()

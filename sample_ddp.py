@@ -45,6 +45,7 @@ from weights.layouts import fingerprint
 NOT_SETTINGS = {
     *("sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size", "num_classes"),
     *("compile", "offload_experts", "vae", "latents"),
+    *("rope", "decouple", "attention_scale", "interpolation", "ori_max_pe_len"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
 SCALES_NOTE = "default: as in PPFlow's evaluation 1 3 for 2 levels, 1 3.5 3.75 for 3; else, and with --likelihood, 1"
@@ -137,6 +138,10 @@ def folder_name(job: Job) -> str:
     steps = str(steps) if isinstance(steps, int) else "-".join(map(str, steps))
     scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
     network = f"{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}"
+    if job.pipe.model.position == "rope":
+        scaling = job.pipe.model.rope_scaling
+        parts = ("x".join(map(str, job.pipe.image_size)), scaling.kind, scaling.attention_scale)
+        network = "-".join([network, *filter(None, parts)])
     kind = "-latents" if job.args.latents else ""
     sampler = f"{job.args.mode}-{job.solver.method}-{steps}"
     return f"{network}-{sampler}-cfg-{scales}-seed-{job.args.global_seed}{kind}"
@@ -176,6 +181,9 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         "nfe_per_image": None if solver.adaptive else job.cost.nfe(1),
         "gmacs_per_image": None if solver.adaptive else job.cost.gmacs(1),
     }
+    if pipe.model.position == "rope":
+        settings |= {"size": pipe.model.input_size, "train_tokens": pipe.model.train_tokens}
+        settings["rope_scaling"] = asdict(pipe.model.rope_scaling)
     if pipe.transport.aug_dim is not None:  # folders of Gaussian noise are older than this setting
         settings["aug_dim"] = pipe.transport.aug_dim
     if args.latents:
@@ -317,7 +325,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
         precision = "tf32" if args.tf32 else "fp32"
     if line := precision_note(precision, processes.device):
         note(line)
-    pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents)
+    pipe = cli.load_pipeline(args, pictures=not args.latents, latents=args.latents, any_size=True)
     num_levels = pipe.model.num_levels if len(pipe.model.networks) == 1 else 1  # no scales of experts are known
     # A likelihood is that of the network alone, unless guidance is asked for.
     guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))

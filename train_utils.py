@@ -16,6 +16,7 @@ import torch
 from data.autoencoder import autoencoder_name
 from models import MODELS, canonical_name
 from pipeline import Pipeline, check_claims
+from positions import ATTENTION_SCALES, ROPE_KINDS, RopeScaling
 from runtime.errors import UserError, note, user_input
 from runtime.speed import PRECISIONS
 from transport import (
@@ -178,7 +179,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="PPF-XL-2",
         help="PPF-{T,S,B,L,XL}-{2,3}, SiT-{S,B,L,XL}/{2,4,8}, SiT-T/2; for pixels PPF-{B,L}-{2,3}/{16,32}, "
-        "SiT-{B,L}/{16,32}",
+        "SiT-{B,L}/{16,32}; with rotary positions PPFiT-{T,S,B,XL}-{2,3}, FiT-{B,L,XL}/2, FiTv2-{B,XL,3B}/2",
     )
     add(
         "--patch-sizes",
@@ -485,11 +486,18 @@ def add_network_args(parser: argparse.ArgumentParser, files: int | str = "+") ->
         type=some_text,
         nargs=files,
         action="extend",
-        help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file in the layout of SiT or "
-        "PPFlow; several for experts that were trained alone (default: the published weights of --model)",
+        help="weights: a checkpoint of train.py, a run's folder for its newest one, or a file in the layout of SiT, "
+        "PPFlow or FiT; several for experts that were trained alone (default: the published weights of --model)",
     )
     add("--model", help="name of the model, checked against --ckpt (default without --ckpt: PPF-XL-2)")
-    add("--image-size", type=positive_int, help="side of the images, checked against the checkpoint")
+    add(
+        "--image-size",
+        type=positive_int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of the images, or height and width, checked against the checkpoint; with rotary positions sample.py "
+        "and sample_ddp.py draw any size",
+    )
     add("--num-classes", type=positive_int, help="number of classes, checked against the checkpoint")
     add("--vae", type=some_text, help="autoencoder: ema, mse, a hub id or a local folder (default: the checkpoint's)")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged weights, or the last ones")
@@ -518,7 +526,7 @@ def add_network_args(parser: argparse.ArgumentParser, files: int | str = "+") ->
 
 
 def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
-    """Add the trained network that is sampled from, its process as checked against it, and guidance."""
+    """Add the trained network that is sampled from, its process as checked against it, positions and guidance."""
     add = add_network_args(parser)
     add(
         "--level-edges",
@@ -527,15 +535,77 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
         metavar="T",
         help="other times at which the patch size changes, ascending (default: the checkpoint's)",
     )
+    add_rope_args(parser)
     add_cfg_args(parser, cfg_scale, cfg_note)
 
 
-def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool = False) -> Pipeline:
-    """The trained network of --ckpt or --model, on the CPU, checked against the other flags of `add_model_args`.
+# FiT's --interpolation: a kind and an attention scale of RopeScaling.
+INTERPOLATIONS = {
+    "no": ("normal", None),
+    "linear": ("linear", None),
+    "yarn": ("yarn", None),
+    "dynntk": ("ntk", None),
+    "partntk": ("ntk-parts", None),
+    "ntkpro1": ("ntk", "fit1"),
+    "ntkpro2": ("ntk", "fit2"),
+}
+
+
+def add_rope_args(parser: argparse.ArgumentParser) -> None:
+    """Add the scaling of rotary positions, by our names and by FiT's."""
+    add = parser.add_argument_group(
+        "rotary positions", "how FiT, FiTv2 and PPFiT reach beyond the sizes they were trained on (docs/any-size.md)"
+    ).add_argument
+    add(
+        "--rope",
+        choices=ROPE_KINDS,
+        help="scaling of the frequencies; auto: none up to the tokens of training, then ntk with --attention-scale, or "
+        "log (default: the weights' own, else auto)",
+    )
+    add(
+        "--decouple",
+        action=argparse.BooleanOptionalAction,
+        help="each axis has its own scaling (the default; with --interpolation, as in FiT, only if given)",
+    )
+    add(
+        "--attention-scale", choices=ATTENTION_SCALES, help="factor of attention's logits beyond the tokens of training"
+    )
+    add("--interpolation", choices=list(INTERPOLATIONS), help="FiT's name for --rope and --attention-scale")
+    add(
+        "--ori-max-pe-len",
+        type=positive_int,
+        metavar="TOKENS",
+        help="tokens along a side in training (default: the weights' own)",
+    )
+
+
+def rope_from(args: argparse.Namespace) -> RopeScaling | None:
+    """The scaling that the flags of `add_rope_args` ask for; None where they do not.
+
+    Raises:
+        UserError:  if two flags say the same.
+        ValueError: if the values do not go together.
+    """
+    if args.interpolation is not None:
+        for name in ("rope", "attention_scale"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--interpolation and --{name.replace('_', '-')} say the same: give one of them")
+        kind, attention_scale = INTERPOLATIONS[args.interpolation]
+        return RopeScaling(kind, bool(args.decouple), attention_scale)
+    if args.rope is None and args.decouple is None and args.attention_scale is None:
+        return None
+    return RopeScaling(args.rope or "auto", args.decouple is not False, args.attention_scale)
+
+
+def load_pipeline(
+    args: argparse.Namespace, pictures: bool = True, latents: bool = False, any_size: bool = False
+) -> Pipeline:
+    """The trained network of --ckpt or --model, on the CPU, checked against the other flags of `add_network_args`.
 
     Args:
         pictures: samples are to be shown, for which they must have one channel or three
         latents:  samples stay latents: no autoencoder is read
+        any_size: there are the flags of `add_rope_args`, and --image-size may be another than the checkpoint's
 
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.
@@ -548,18 +618,54 @@ def load_pipeline(args: argparse.Namespace, pictures: bool = True, latents: bool
     claims = {"model": args.model and canonical_name(args.model), "num_classes": args.num_classes}
     check_claims(claims, {"model": pipe.name, "num_classes": pipe.model.num_classes}, source)
     guidance.of(pipe.model)
+    if any_size:
+        set_positions(pipe, args, source)
     if latents:
         if args.image_size is not None:
             raise ValueError("--image-size is the side of images, and --latents makes none: leave it out")
         pipe.keep_latents(args.vae)
         return pipe
-    check_claims({"image_size": args.image_size}, {"image_size": pipe.image_size[0]}, source)
+    if args.image_size is not None:
+        set_size(pipe, args.image_size, source, any_size)
     if pictures and pipe.image_channels not in (1, 3):
         raise ValueError(
             f"{source} makes {pipe.image_channels} channels, which no picture holds: give --vae, "
             f"or take the latents themselves with sample_ddp.py --latents"
         )
     return pipe
+
+
+def set_positions(pipe: Pipeline, args: argparse.Namespace, source: str) -> None:
+    """Take over the flags of `add_rope_args` (ValueError for any of them where positions are not rotary)."""
+    given = [
+        name
+        for name in ("rope", "decouple", "attention_scale", "interpolation", "ori_max_pe_len")
+        if vars(args)[name] is not None
+    ]
+    if pipe.model.position != "rope":
+        if given:
+            flag = "--" + given[0].replace("_", "-")
+            raise ValueError(f"{flag} is about rotary positions, and those of {source} are sine-cosine: leave it out")
+        return
+    pipe.model.rope_scaling = rope_from(args) or pipe.model.rope_scaling
+    if args.ori_max_pe_len is not None:
+        pipe.model.train_tokens = args.ori_max_pe_len**2
+
+
+def set_size(pipe: Pipeline, numbers: Sequence[int], source: str, any_size: bool) -> None:
+    """Take over --image-size, or check it where the network has a size of its own (ValueError for one that is wrong).
+
+    Args:
+        numbers:  a side, or height and width
+        any_size: networks with rotary positions take any size
+    """
+    if len(numbers) > 2:
+        raise ValueError(f"--image-size takes a side, or height and width, not {len(numbers)} numbers")
+    if any_size and pipe.model.position == "rope":
+        pipe.use_size((numbers[0], numbers[-1]))
+        return
+    claimed, actual = ("x".join(map(str, sides[: len(numbers)])) for sides in (numbers, pipe.image_size))
+    check_claims({"image_size": claimed}, {"image_size": actual}, source)
 
 
 def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> None:

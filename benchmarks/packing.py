@@ -14,7 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import Attention, DiTBlock, PyramidalPatchDiT, unpatchify
+from blocks import Attention, DiTBlock
+from models import PyramidalPatchDiT
+from positions import unpatchify
 
 
 class DenseMaskPacking(nn.Module):

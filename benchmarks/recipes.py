@@ -110,9 +110,9 @@ class VelocityNetwork(nn.Module):
             return output
         return self.transport.convert(output, x, t, "velocity", source="data")
 
-    def macs(self, level: int) -> int:
+    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
         """Multiply-accumulates of one evaluation at a level, those of a wide embedding left out."""
-        return self.inner.macs(level)
+        return self.inner.macs(level, size)
 
 
 def transport_of(recipe: Recipe) -> Transport:

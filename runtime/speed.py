@@ -137,16 +137,25 @@ class _CompiledBlock:
         self.started: set[tuple[int, ...]] = set()  # tokens per sample of each group
 
     def __call__(
-        self, block: DiTBlock, groups: list[torch.Tensor], conditions: list[torch.Tensor]
+        self,
+        block: DiTBlock,
+        groups: list[torch.Tensor],
+        conditions: list[torch.Tensor],
+        shared: list[torch.Tensor | None],
+        rotations: list[torch.Tensor | None],
     ) -> list[torch.Tensor]:
         sizes, tokens = [group.shape[0] for group in groups], tuple(group.shape[1] for group in groups)
-        groups, conditions = ([_padded(tensor) for tensor in tensors] for tensors in (groups, conditions))
-        for tensor in (*groups, *conditions):
-            torch._dynamo.mark_dynamic(tensor, 0)
-            torch._dynamo.mark_static(tensor, 1)  # a graph for every number of tokens is several times slower in bf16
+        inputs = [[_padded(tensor) for tensor in tensors] for tensors in (groups, conditions, shared)]
+        # A rotation of one row is that of all samples: it stays as it is.
+        inputs.append([x if x is None or x.shape[0] == 1 else _padded(x) for x in rotations])
+        for tensor in (tensor for tensors in inputs for tensor in tensors if tensor is not None):
+            if tensor.shape[0] >= MIN_SAMPLES:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            # A graph for every number of tokens would be several times slower in bf16.
+            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
         start = time.perf_counter()
         try:
-            outputs = self.compiled(block, groups, conditions)
+            outputs = self.compiled(block, *inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             hint = "install one, or leave it out" if "ompiler" in reason else "leave it out"
@@ -158,7 +167,9 @@ class _CompiledBlock:
         return [output[:size] for output, size in zip(outputs, sizes, strict=True)]
 
 
-def _padded(tensor: torch.Tensor) -> torch.Tensor:
+def _padded(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor with zero rows added where it has too few."""
+    if tensor is None:
+        return None
     missing = MIN_SAMPLES - tensor.shape[0]
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing)) if missing > 0 else tensor

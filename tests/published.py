@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -15,6 +16,8 @@ from timm.models.vision_transformer import Attention, Mlp
 from models import PyramidalPatchDiT
 
 WIDTH, DEPTH, HEADS, CLASSES = 64, 2, 4, 5
+DEFAULTS = {name: argument.default for name, argument in inspect.signature(PyramidalPatchDiT).parameters.items()}
+del DEFAULTS["unit_patch"]  # is in a config only where it says something
 PATCHES = {1: ((2, 2),), 2: ((4, 4), (2, 2)), 3: ((4, 4), (2, 4), (2, 2))}
 TINY = {"hidden_size": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES, "input_size": 16}
 

@@ -77,7 +77,7 @@ def test_code_is_never_unpickled(content, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["PPF-XL-9", "nowhere/model.pt", "PPF-B-2", "SiT-XL/4", ""])
 def test_an_unknown_name_is_answered_with_the_names_there_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = "neither a file nor the name of published weights (PPF-XL-2, PPF-XL-3, SiT-XL/2)"
+    message = "neither a file nor the name of published weights (PPF-XL-2, PPF-XL-3, SiT-XL/2, FiT-XL/2, FiTv2-XL/2,"
     if name:
         with pytest.raises(FileNotFoundError, match=re.escape(f"{name} is {message}")):
             load_pretrained(name, cache_dir=tmp_path)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from published import (
     CLASSES,
+    DEFAULTS,
     DEPTH,
     HEADS,
     PATCHES,
@@ -42,6 +43,7 @@ def test_published_files_compute_the_published_outputs(levels, channels, out, su
     torch.save(weights, path) if suffix == ".pt" else save_file(weights, path)
     pretrained = load_pretrained(path, num_heads=HEADS)
     assert pretrained.model.config == {
+        **DEFAULTS,
         "input_size": [16, 16],
         "patch_sizes": [list(size) for size in PATCHES[levels]],
         "in_channels": channels,
@@ -174,14 +176,15 @@ def test_the_number_of_heads_is_the_registrys_or_a_64th_of_the_width(tmp_path):
         fields_from_shapes(export_state_dict(model, "ppflow"), "a.pt")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("PPF") or name.endswith("/2")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("PPF-") or name.endswith("/2")])
 def test_every_registered_size_is_recognised(name):
     with torch.device("meta"):
         model = create_model(name)
-        weights = export_state_dict(model, "sit" if name.startswith("SiT") else "ppflow")
+        layout = {"SiT": "sit", "PPF": "ppflow", "FiT": "fit"}[name[:3]]
+        weights = export_state_dict(model, layout)
         again = PyramidalPatchDiT(**fields_from_shapes(weights, name))
     assert again.config == model.config
-    assert registry_name(again) == name
+    assert registry_name(again) == registry_name(model) == name
 
 
 def test_models_that_are_not_registered_are_described(tmp_path):
@@ -192,7 +195,7 @@ def test_models_that_are_not_registered_are_described(tmp_path):
 def test_the_published_models_are_those_of_the_registry():
     """Names and shapes that a download of PPF-XL-2 must have, without the 2.7 GB."""
     parameters = {"PPF-XL-2": 675_059_488, "PPF-XL-3": 675_172_448, "SiT-XL/2": 674_834_720}
-    assert set(PUBLISHED) == set(parameters)
+    assert {name for name in PUBLISHED if not name.startswith("FiT")} == set(parameters)
     for name, count in parameters.items():
         with torch.device("meta"):
             weights = export_state_dict(create_model(name), "sit" if name.startswith("SiT") else "ppflow")

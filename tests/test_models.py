@@ -440,6 +440,8 @@ def test_every_registered_name_builds():
     expected |= {f"SiT-{size}/{patch}": 1 for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} | {"SiT-T/2": 1}
     expected |= {f"SiT-{size}/{patch}": 1 for size in ("B", "L") for patch in (16, 32)}
     expected |= {f"PPF-{size}-{n}/{patch}": n for size in ("B", "L") for n in (2, 3) for patch in (16, 32)}
+    expected |= {f"FiT-{size}/2": 1 for size in ("B", "L", "XL")} | {f"FiTv2-{size}/2": 1 for size in ("B", "XL", "3B")}
+    expected |= {f"PPFiT-{size}-{levels}": levels for size in ("T", "S", "B", "XL") for levels in (2, 3)}
     assert set(MODELS) == set(expected)
     pyramids = {1: None, 2: ((4, 4), (2, 2)), 3: ((4, 4), (2, 4), (2, 2))}
     for name, levels in expected.items():
@@ -465,6 +467,9 @@ SPELLINGS = [
     ("SIT-T/2", "SiT-T/2"),
     ("sitb4", "SiT-B/4"),
     ("ppf-b-2-16", "PPF-B-2/16"),
+    ("FiTv1-XL/2", "FiT-XL/2"),
+    ("fitv2_3b_2", "FiTv2-3B/2"),
+    ("ppfit-xl-3", "PPFiT-XL-3"),
 ]
 
 

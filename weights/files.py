@@ -25,7 +25,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ValueError: if it cannot be read, or holds code.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.name.removesuffix(".part").endswith(".safetensors"):  # .part: a download that is being checked
             return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # PPFlow's and SiT's "args": plain data
             # Memory-mapped: tensors that nobody uses (the optimizer's) are not read.

@@ -1,10 +1,12 @@
-"""Layouts of weights in files (this program's, SiT's, PPFlow's), and initialisation of one set of levels from another.
+"""Layouts of weights in files (ours, SiT's, PPFlow's), and initialisation of one set of levels from another.
 
     part                  ours                         SiT and PPFlow
     patch embedding       x_embedder.L, a linear       x_embedder.proj{1,2,}, a convolution after space-to-depth
     head                  final_layer.linear.L         final_layer.linear{1,2,}, its channels in space-to-depth order
     positions             computed                     pos_embed in SiT, pos_embed.L in PPFlow
     everything else       under the same name          (PPFlow alone has level_embedder)
+
+FiT's layout is in weights/fit.py.
 
 PPFlow's patches are (a, b) convolution kernels on an image of which (fy, fx) neighbouring pixels became channels, so
 its levels have (a fy, b fx) patches. Channel c of the image became the channels (c, dy, dx), c slowest. The finest
@@ -16,19 +18,30 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from experts import Network
-from models import MODELS, SIZES, PyramidalPatchDiT
+from models import MODELS, PyramidalPatchDiT
 from runtime.files import check_tensors
+from weights.fit import export_to_fit, fields_from_fit, import_from_fit
+from weights.shapes import Shapes
 
 Weights = dict[str, torch.Tensor]
 
-LAYOUTS = ("ours", "ppflow", "sit")
+LAYOUTS = ("ours", "ppflow", "sit", "fit")
+
+# What the registry's models have where they do not say otherwise.
+DITS_BLOCK = {
+    "mlp_ratio": 4,
+    "position": "sincos",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "adaln_rank": None,
+    "time_input": "t",
+}
 
 # By number of levels: suffixes of the levels' tensor names, and their space-to-depth factors (fy, fx).
 SUFFIXES = {1: ("",), 2: ("1", ""), 3: ("1", "2", "")}
@@ -48,12 +61,21 @@ def layout_of(weights: Mapping[str, Any], source: str) -> str:
     names = list(weights)
     if any(re.match(r"(experts\.\d+\.)?x_embedder\.\d", name) for name in names):
         return "ours"
+    if any(re.match(r"blocks\.\d+\.mlp\.fc1_[gx]\.", name) for name in names):
+        return "fit"
     if any(name.startswith(("level_embedder.", "x_embedder.proj1.", "final_layer.linear1.")) for name in names):
         return "ppflow"
     if any(name.startswith(("x_embedder.proj.", "final_layer.linear.")) for name in names):
         return "sit"
     first = ", ".join(names[:3]) if names else "nothing"
-    raise ValueError(f"{source} has no known layout (ours, PPFlow's or SiT's): it begins with {first}")
+    raise ValueError(f"{source} has no known layout (ours, PPFlow's, SiT's or FiT's): it begins with {first}")
+
+
+def foreign_layout(model: PyramidalPatchDiT) -> str:
+    """The layout of the repository that has such models."""
+    if model.position == "rope":
+        return "fit"
+    return "sit" if model.num_levels == 1 else "ppflow"
 
 
 def _position_names(num_levels: int) -> list[str]:
@@ -66,11 +88,10 @@ def _position_names(num_levels: int) -> list[str]:
 
 
 def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overrides: Any) -> dict[str, Any]:
-    """The arguments of PyramidalPatchDiT that weights in SiT's or PPFlow's layout were made with.
+    """The arguments of PyramidalPatchDiT that weights in SiT's, PPFlow's or FiT's layout were made with.
 
-    Where several tensors give a number, the majority decides, so that loading later names the wrong one. No shape
-    gives the number of heads: it is that of the registry's size of this width, else hidden_size / 64. The input is
-    assumed to be square.
+    No shape gives the number of heads: it is that of the registry's size of this width, else hidden_size / 64. The
+    input is assumed to be square.
 
     Args:
         weights:   tensors by name; only their shapes matter
@@ -80,21 +101,13 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
     Raises:
         ValueError: if the shapes do not determine the arguments, or contradict each other.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-    def sizes(names: str, axis: int = 0) -> list[int]:
-        """The lengths of an axis, of all tensors whose name matches."""
-        return [shape[axis] for name, shape in shapes.items() if re.fullmatch(names, name) and axis < len(shape)]
-
-    def most(values: Iterable[Any], what: str) -> Any:
-        """The value that most tensors agree on."""
-        counts = Counter(values).most_common(1)
-        if not counts:
-            raise ValueError(f"{source} is incomplete: no tensor tells {what}")
-        return counts[0][0]
-
+    layout = layout_of(weights, source)
+    if layout == "fit":
+        return fields_from_fit(weights, source, **overrides)
+    shapes = Shapes(weights, source)
+    sizes, most = shapes.sizes, shapes.most
     levels = 1
-    if layout_of(weights, source) == "ppflow":
+    if layout == "ppflow":
         parts = [
             rf"{part}[12]?\.{end}" for part in ("x_embedder.proj", "final_layer.linear") for end in ("weight", "bias")
         ]
@@ -104,23 +117,20 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
             raise ValueError(f"{source} is damaged: PPFlow has 2 or 3 levels, not {levels}")
     kernels, heads, tokens = [], [], []  # (channels, a, b); output channels; tokens of the finest level
     for suffix, factor, positions in zip(SUFFIXES[levels], FACTORS[levels], _position_names(levels), strict=True):
-        kernel = shapes.get(f"x_embedder.proj{suffix}.weight", ())
+        kernel = shapes.of.get(f"x_embedder.proj{suffix}.weight", ())
         kernels += [(kernel[1] // math.prod(factor), *kernel[2:])] if len(kernel) == 4 else []
         heads += [rows // math.prod(factor) for rows in sizes(rf"final_layer\.linear{suffix}\.(weight|bias)")]
         tokens += [count * math.prod(factor) for count in sizes(re.escape(positions), axis=1)]
     channels, a, b = most(kernels, "the patch size (x_embedder.proj.weight)")
-    hidden = most(sizes(r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\.bias|t_embedder\.mlp\.\d\.bias"), "the width")
+    hidden = shapes.hidden_size()
     inner = sizes(r"blocks\.\d+\.mlp\.fc1\.(weight|bias)") + sizes(r"blocks\.\d+\.mlp\.fc2\.weight", axis=1)
     fields = {
         "patch_sizes": [[a * fy, b * fx] for fy, fx in FACTORS[levels]],
         "in_channels": channels,
         "hidden_size": hidden,
-        "depth": 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)),
+        "depth": shapes.depth(),
         "mlp_ratio": most(inner, "the width of the MLP") / hidden,
-        "num_classes": most(
-            sizes(r"y_embedder\.embedding_table\.weight"), "the number of classes (y_embedder.embedding_table.weight)"
-        )
-        - 1,
+        "num_classes": shapes.num_classes(),
     }
     outs = [rows // (a * b) for rows in heads]
     out_channels = most([out for out in outs if out in (channels, 2 * channels)] or outs, "the output channels")
@@ -131,10 +141,7 @@ def fields_from_shapes(weights: Mapping[str, torch.Tensor], source: str, **overr
         )
     fields["learn_sigma"] = out_channels == 2 * channels
     if "num_heads" not in overrides:
-        known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-        if hidden not in known and hidden % 64:
-            raise ValueError(f"{source} is {hidden} wide, which does not tell the number of heads: give num_heads")
-        fields["num_heads"] = known.get(hidden, hidden // 64)
+        fields["num_heads"] = shapes.num_heads()
     if "input_size" not in overrides:
         squares = [count for count in tokens if math.isqrt(count) ** 2 == count]
         count = most(squares or tokens, "the input size (pos_embed), give input_size")
@@ -150,7 +157,8 @@ def registry_name(model: PyramidalPatchDiT) -> str | None:
     """The name in MODELS with the model's patches and widths; what else a model is made with may differ."""
     sizes = ("patch_sizes", "hidden_size", "depth", "num_heads")
     for name, fields in MODELS.items():
-        if model.mlp_ratio == 4 and all(getattr(model, field) == fields[field] for field in sizes):
+        wanted = {**DITS_BLOCK, **{field: fields[field] for field in (*sizes, *DITS_BLOCK) if field in fields}}
+        if all(getattr(model, field) == value for field, value in wanted.items()):
             return name
     return None
 
@@ -194,18 +202,23 @@ def export_state_dict(model: Network, layout: str) -> Weights:
 
     Args:
         model:  any device and dtype, meta too
-        layout: "sit" for a single level, "ppflow" for (2a, 2b), (a, b) or (2a, 2b), (a, 2b), (a, b) patches
+        layout: "sit" for a single level, "ppflow" for (2a, 2b), (a, b) or (2a, 2b), (a, 2b), (a, b) patches; "fit" for
+                FiT's and FiTv2's, which have no pos_embed
 
     Raises:
         ValueError: if that repository has no such model.
     """
-    if layout not in ("sit", "ppflow"):
-        raise ValueError(f"unknown layout {layout!r}: choose sit or ppflow")
+    if layout not in ("sit", "ppflow", "fit"):
+        raise ValueError(f"unknown layout {layout!r}: choose sit, ppflow or fit")
     if list(model.networks) != [""]:
         raise ValueError(f"the {layout} layout has no experts: take our own")
+    if layout == "fit":
+        return export_to_fit(model)
     patches = model.patch_sizes
     a, b = patches[-1]
     fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
+    if model.position != "sincos" or model.mlp != "gelu" or model.qk_norm or model.adaln_rank is not None:
+        raise ValueError(f"the {layout} layout has no model with rotary positions, or with parts of FiT's block")
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
@@ -227,7 +240,7 @@ def export_state_dict(model: Network, layout: str) -> Weights:
 def import_state_dict(
     model: PyramidalPatchDiT, weights: Mapping[str, torch.Tensor], source: str, other_size: bool = False
 ) -> None:
-    """Load weights of SiT's or PPFlow's layout, positions included, into a model of their shape.
+    """Load weights of SiT's, PPFlow's or FiT's layout, positions included, into a model of their shape.
 
     Args:
         other_size: the model's input size is not read from the file, which may have other positions or none
@@ -235,9 +248,12 @@ def import_state_dict(
     Raises:
         ValueError: naming the tensor that is missing, unknown, of another shape, or no sine-cosine table.
     """
+    if layout_of(weights, source) == "fit":
+        import_from_fit(model, weights, source)
+        return
     names = _position_names(model.num_levels)
     with torch.device("meta"):
-        wanted = export_state_dict(PyramidalPatchDiT(**model.config), "sit" if model.num_levels == 1 else "ppflow")
+        wanted = export_state_dict(PyramidalPatchDiT(**model.config), foreign_layout(model))
     ignored = set(names) if other_size else set()
     found, expected = (
         {name: tensor for name, tensor in tensors.items() if name not in ignored} for tensors in (weights, wanted)
@@ -274,7 +290,7 @@ def own_state_dict(model: Network) -> Weights:
     """The state dict, with pos_embed_L for each level whose positions came from a file and differ from the computed."""
     weights = model.state_dict()
     for prefix, network in model.networks.items():
-        for level in range(network.num_levels):
+        for level in range(network.num_levels if network.position == "sincos" else 0):
             buffer = getattr(network, f"pos_embed_{level}")
             if not torch.equal(buffer, network.position_embedding(level).to(buffer)):
                 weights[f"{prefix}pos_embed_{level}"] = buffer
@@ -297,7 +313,7 @@ def load_own_state_dict(
     names = {
         f"{prefix}pos_embed_{level}": (network, level)
         for prefix, network in model.networks.items()
-        for level in range(network.num_levels)
+        for level in range(network.num_levels if network.position == "sincos" else 0)
     }
     parameters = {name: tensor for name, tensor in weights.items() if name not in names}
     check_tensors(parameters, model.state_dict(), source)
@@ -329,11 +345,12 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
         source: left as it is
 
     Returns:
-        a line about the class table if it is not the source's, for the log; otherwise nothing.
+        lines for the log: about the class table if it is not the source's, and about rotary positions that are scaled
+        otherwise than the source's at the model's size.
 
     Raises:
-        ValueError: if an argument differs besides patch_sizes, input_size, num_classes and learn_sigma, or if no patch
-                    divides.
+        ValueError: if an argument differs besides patch_sizes, input_size, train_tokens, num_classes and learn_sigma,
+                    or if no patch divides.
     """
     here, there = (
         {
@@ -342,7 +359,13 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             "depth": net.depth,
             "num_heads": net.num_heads,
             "bottleneck": net.bottleneck,
-            "width of the MLP": net.blocks[0].mlp.fc1.out_features,
+            "mlp": net.mlp,
+            "width of the MLP": net.blocks[0].mlp.fc2.in_features,
+            "position": net.position,
+            "rope_theta": net.rope_theta,
+            "qk_norm": net.qk_norm,
+            "adaln_rank": net.adaln_rank,
+            "time_input": net.time_input,
         }
         for net in (model, source)
     )
@@ -363,6 +386,15 @@ def initialize_levels(model: PyramidalPatchDiT, source: PyramidalPatchDiT) -> li
             f"the weights are of {source.num_classes} classes, and the model has {model.num_classes}: the label table "
             "is new, except for the row of the null label"
         )
+    if model.position == "rope" and model.patch_sizes[-1] == source.patch_sizes[-1]:
+        sample = torch.zeros(1, *model.sample_shape)
+        own, given = (network.rotation(sample, network.num_levels - 1) for network in (model, source))
+        if not torch.equal(own, given):
+            size = "x".join(map(str, model.input_size))
+            notes.append(
+                f"inputs of {size} are beyond the {source.train_tokens} tokens that the weights' positions are scaled "
+                "from, and this run does not scale them: it does not start as their copy"
+            )
     for level, patch in enumerate(model.patch_sizes):
         origin = _origin(patch, source.patch_sizes)
         (a, b), (p, q) = source.patch_sizes[origin], patch

@@ -2,7 +2,7 @@
 
 A file in our own layout holds the weights, the config and the step, without the optimizer's state:
 
-    .pt            {"ema": state dict, "config": {"model_name", "model", "transport", "vae"}, "step": int}
+    .pt            {"ema": state dict, "config": {"model_name", "model", "transport", "vae", ...}, "step": int}
     .safetensors   the state dict; the metadata has "config", as JSON, and "step"
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ from safetensors.torch import save_file
 from data.autoencoder import SHORT_NAMES
 from experts import ExpertPatchDiT, Network, network_of
 from models import PyramidalPatchDiT
+from positions import RopeScaling
 from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
 from transport import PatchSchedule, create_transport
 from transport.predictions import predictions_of
 from weights.files import choose_weights, read_file
+from weights.fit import authors_scaling
 from weights.layouts import (
     export_state_dict,
     fields_from_shapes,
@@ -36,7 +39,7 @@ from weights.layouts import (
     own_state_dict,
     registry_name,
 )
-from weights.published import download
+from weights.published import PUBLISHED, download, published_name
 
 # What experts that sample together have in common, of the arguments of create_transport
 SAMPLING_PROCESS = ("path_type", "prediction", "train_eps", "sample_eps", "aug_dim")
@@ -63,8 +66,8 @@ def load_pretrained(
     """A trained model, in evaluation mode on the CPU, from weights in any layout.
 
     Args:
-        name_or_path: PPF-XL-2, PPF-XL-3 or SiT-XL/2, downloaded on first use; a run's folder for its newest checkpoint;
-                      a folder of save_pretrained; or a file in SiT's, PPFlow's or our layout (.pt or .safetensors).
+        name_or_path: PPF-XL-2, SiT-XL/2 or another of PUBLISHED, downloaded on first use; a run's folder for its newest
+                      checkpoint; a folder of save_pretrained; or a file in SiT's, PPFlow's, FiT's or our layout.
                       Several of them, in any order, if each is an expert for a part of time
         weights:      "ema", or "model" for the last ones of a training checkpoint
         cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
@@ -84,6 +87,8 @@ def load_pretrained(
 
 def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, **overrides: Any) -> TrainedWeights:
     path = _locate(name_or_path, cache_dir)
+    published = None if _exists(name_or_path) else PUBLISHED[published_name(str(name_or_path))]
+    overrides = {**published.fields, **overrides} if published else overrides
     checkpoint = read_file(path)
     state, source = choose_weights(checkpoint, weights, path), str(path)
     other_size = "input_size" in overrides
@@ -98,6 +103,8 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
         load_own_state_dict(model, state, source, other_size)
         described, vae, scaling = config.get("transport", {}), config.get("vae"), config.get("scaling")
         step = int(checkpoint.get("step", 0))
+        if config.get("rope_scaling") is not None:
+            model.rope_scaling = RopeScaling(**config["rope_scaling"])
     else:
         model = PyramidalPatchDiT(**fields_from_shapes(state, source, **overrides))
         import_state_dict(model, state, source, other_size)
@@ -105,9 +112,10 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
         described = vars(args) if isinstance(args, argparse.Namespace) else {}
         vae, scaling = SHORT_NAMES.get(described.get("vae")), None
         step = max((int(parameter.get("step", 0)) for parameter in moments.values()), default=0)  # Adam counts them
+        if model.position == "rope":
+            model.rope_scaling = (published and published.rope_scaling) or authors_scaling(model)
     transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
     vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
-    published = not Path(name_or_path).expanduser().exists()
     stated = frozenset(transport if published else transport.keys() & described.keys())
     return TrainedWeights(model.eval(), transport, vae, _name(model), step, scaling, stated)
 
@@ -201,9 +209,10 @@ def edges_of(model: Network) -> tuple[float, ...]:
 def default_transport(model: Network) -> dict[str, Any]:
     """The process of the published weights, assumed for files that do not name theirs."""
     edges = edges_of(model) or PatchSchedule.default(model.num_levels).level_edges
+    steps_of_ddpm = any(network.time_input == "ddpm" for network in model.networks.values())
     return {
-        "path_type": "Linear",
-        "prediction": "velocity",
+        "path_type": "VP" if steps_of_ddpm else "Linear",
+        "prediction": "noise" if steps_of_ddpm else "velocity",
         "loss_weight": None,
         "train_eps": None,
         "sample_eps": None,
@@ -223,6 +232,11 @@ def _name(model: Network) -> str:
 def _describe(model: PyramidalPatchDiT) -> str:
     patches = "+".join(f"{p}x{q}" for p, q in model.patch_sizes)
     return f"PyramidalPatchDiT {patches}, {model.depth} blocks, {model.hidden_size} wide"
+
+
+def _exists(name_or_path: str | Path) -> bool:
+    """True for a file or folder, false for the name of published weights."""
+    return Path(name_or_path).expanduser().exists()
 
 
 def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
@@ -250,7 +264,7 @@ def convert(
     Args:
         source:    as name_or_path of load_pretrained
         out:       the file to write; the module's docstring gives its content
-        layout:    "ours", "ppflow" or "sit"; the last two hold weights alone, no schedule
+        layout:    one of LAYOUTS; all but "ours" hold weights alone, no schedule
         weights:   which of a checkpoint's; as for load_pretrained
         overrides: as for load_pretrained
 
@@ -271,6 +285,8 @@ def convert(
             "vae": pretrained.vae,
             "scaling": pretrained.scaling,
         }
+        if pretrained.model.position == "rope":
+            config["rope_scaling"] = asdict(pretrained.model.rope_scaling)
         state = own_state_dict(pretrained.model)
         content = {"ema": state, "config": config, "step": pretrained.step}
         metadata |= {"config": json.dumps(config), "step": str(pretrained.step)}

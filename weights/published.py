@@ -5,7 +5,6 @@ A file appears under its name only when it is complete and checked.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -14,18 +13,20 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from models import canonical_name, create_model
+from models import create_model, plain_spelling
+from positions import RopeScaling
 from runtime.files import check_tensors, complete_file
 from weights.files import choose_weights, read_file
-from weights.layouts import export_state_dict
+from weights.layouts import export_state_dict, foreign_layout
 
 
 class Published(NamedTuple):
@@ -38,9 +39,16 @@ class Published(NamedTuple):
     file: str
     url: str
     sha256: str | None = None
+    model: str | None = None  # the registry's name, where that is another
+    fields: Mapping[str, Any] = MappingProxyType({})  # arguments of the network that no tensor's shape tells
+    rope_scaling: RopeScaling | None = None  # with which its authors sample, where that is not weights.fit's
 
 
-# From the READMEs of PPFlow and SiT; dl=1 asks Dropbox for the file, not for a page about it.
+FIT_HUB = "https://huggingface.co/InfImagine"
+# Trained on up to 512x512 pixels, with positions that are stretched as if they still came from 256x256.
+TRAINED_AT_512 = {"fields": {"input_size": 64}, "rope_scaling": RopeScaling("ntk")}
+
+# From the READMEs of PPFlow, SiT and FiT; dl=1 asks Dropbox for the file, not for a page about it.
 PUBLISHED = {
     "PPF-XL-2": Published(
         "PPF-XL-2.pt",
@@ -57,6 +65,21 @@ PUBLISHED = {
         "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/"
         "SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1",
     ),
+    "FiT-XL/2": Published("FiT-XL-2.bin", f"{FIT_HUB}/FiT/resolve/main/FiTv1_xl/model_ema.bin"),
+    "FiTv2-XL/2": Published("FiTv2-XL-2.safetensors", f"{FIT_HUB}/FiTv2/resolve/main/FiTv2_XL/model_ema.safetensors"),
+    "FiTv2-3B/2": Published("FiTv2-3B-2.bin", f"{FIT_HUB}/FiTv2/resolve/main/FiTv2_3B/model_ema.bin"),
+    "FiTv2-HR-XL/2": Published(
+        "FiTv2-HR-XL-2.safetensors",
+        f"{FIT_HUB}/FiTv2/resolve/main/FiTv2_XL_HRFT/model_ema.safetensors",
+        model="FiTv2-XL/2",
+        **TRAINED_AT_512,
+    ),
+    "FiTv2-HR-3B/2": Published(
+        "FiTv2-HR-3B-2.safetensors",
+        f"{FIT_HUB}/FiTv2/resolve/main/FiTv2_3B_HRFT/model_ema.safetensors",
+        model="FiTv2-3B/2",
+        **TRAINED_AT_512,
+    ),
 }
 
 TIMEOUT = 30  # seconds without a byte
@@ -65,12 +88,10 @@ CHUNK = 1 << 20  # bytes
 
 def published_name(name: str) -> str:
     """The key of PUBLISHED for a model name in any spelling, or a file's name (FileNotFoundError if none)."""
-    names = {published.file: known for known, published in PUBLISHED.items()}
-    with contextlib.suppress(ValueError):
-        names[name] = names.get(name) or canonical_name(name)
-    if names.get(name) not in PUBLISHED:
-        raise FileNotFoundError(f"{name} is neither a file nor the name of published weights ({', '.join(PUBLISHED)})")
-    return names[name]
+    for known, published in PUBLISHED.items():
+        if name == published.file or plain_spelling(name) == plain_spelling(known):
+            return known
+    raise FileNotFoundError(f"{name} is neither a file nor the name of published weights ({', '.join(PUBLISHED)})")
 
 
 def download(name: str, cache_dir: str | Path | None = None, verify: bool = False) -> Path:
@@ -153,8 +174,8 @@ def check_published(path: Path, name: str) -> None:
                 raise ValueError(f"{path}: {damaged} is damaged")
     state = choose_weights(read_file(path), "ema", path)
     with torch.device("meta"):
-        model = create_model(name)
-        check_tensors(state, export_state_dict(model, "sit" if model.num_levels == 1 else "ppflow"), str(path))
+        model = create_model(PUBLISHED[name].model or name)
+        check_tensors(state, export_state_dict(model, foreign_layout(model)), str(path))
 
 
 def file_sha256(path: Path) -> str:
