@@ -15,6 +15,13 @@ def kind_of(samples: Samples) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
+def to(samples: Samples, device: torch.device) -> Samples:
+    """The samples on a device, without waiting for it."""
+    if isinstance(samples, torch.Tensor):
+        return samples.to(device, non_blocking=True)
+    return [sample.to(device, non_blocking=True) for sample in samples]
+
+
 def by_shape(samples: Sequence[torch.Tensor], numbers: Iterable[int] | None = None) -> list[list[int]]:
     """Numbers of the samples of each shape, of all samples or of those with these numbers."""
     groups: dict[torch.Size, list[int]] = {}
