@@ -36,6 +36,7 @@ class Recipe:
 
     Args:
         model:         name in the registry
+        patch_sizes:   other patches, coarsest first; None for the model's
         edges:         times at which the level changes; None for the paper's
         longer:        factor of --steps
         start:         recipe whose weights at half of --steps it starts from, for the other half
@@ -48,6 +49,7 @@ class Recipe:
     """
 
     model: str
+    patch_sizes: tuple[tuple[int, int], ...] | None = None
     edges: tuple[float, ...] | None = None
     longer: float = 1.0
     start: str | None = None
@@ -81,6 +83,7 @@ RECIPES = {
     "ppf2-data-edge-0.35": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True),
     "ppf2-data-edge-0.35-from-sit": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True, start="sit"),
     "ppf3-coarse-data": Recipe("PPF-T-3", coarse_data=True),
+    "sit-early-data": Recipe("PPF-T-2", patch_sizes=((2, 2), (2, 2)), coarse_data=True),  # SiT's tokens at all times
 }
 
 
@@ -90,6 +93,8 @@ class VelocityNetwork(nn.Module):
     def __init__(self, recipe: Recipe, image_size: int, num_classes: int, transport: Transport) -> None:
         super().__init__()
         sizes = {"input_size": image_size, "in_channels": 3, "num_classes": num_classes, "learn_sigma": False}
+        if recipe.patch_sizes:
+            sizes["patch_sizes"] = recipe.patch_sizes
         self.inner = _experts(recipe, transport, sizes) if recipe.experts else create_model(recipe.model, **sizes)
         self.num_levels, self.num_classes = self.inner.num_levels, num_classes
         self.in_channels = 3
