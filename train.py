@@ -28,12 +28,14 @@ import train_utils as cli
 from data import order
 from data.autoencoder import Autoencoder
 from data.datasets import AnyDataset, open_training_data
+from data.sizes import SizeRule
 from experts import ExpertPatchDiT, Network, create_expert
 from metrics.training import TrainingEvaluation
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
 from runtime.errors import run_script
-from transport import ODE, ExpertPart, Transport, create_transport
+from transport import ODE, ExpertPart, Transport, create_transport, samples
+from transport.samples import Samples
 from weights.pretrained import initialize_from
 
 PREVIEW_COLUMNS = 8
@@ -99,6 +101,7 @@ def build(
     dataset, autoencoder, vae = open_training_data(
         args.data_path, args.image_size, args.vae, bool(args.sample_every or args.eval_every), processes.device
     )
+    cli.take_sizes(args, dataset, autoencoder)
     encodes = dataset.kind == "images" and autoencoder is not None
     channels, *input_size = autoencoder.latent_shape(dataset.image_shape) if encodes else dataset.image_shape
     num_classes = args.num_classes or dataset.num_classes
@@ -115,15 +118,15 @@ def build(
         "bottleneck": args.bottleneck,
         "learn_sigma": network.get("experts", [network])[0]["learn_sigma"] if network else not pixels,
     }
-    if args.patch_sizes:
-        fields["patch_sizes"] = args.patch_sizes
+    fields |= {name: getattr(args, name) for name in ("patch_sizes", "position") if getattr(args, name)}
     model = build_network(args.model, parts, args.global_seed, **fields)
+    cli.fit_sizes(args, dataset, model)
     transport = create_transport(**process, check_ends=stored is None)
     transport.check_levels(model)
     cli.guidance_from(args).of(model)
     resolved = {
         "vae": vae,
-        "image_size": dataset.image_size,
+        "image_size": dataset.image_size if args.max_tokens is None else None,
         "num_classes": num_classes,
         "level_edges": cli.patch_edges(args),
         "precision": args.precision or speed.default_precision(processes.device, training=True),
@@ -221,6 +224,15 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
 # Samples on the way
 
 
+def preview_sizes(sizes: SizeRule | None) -> dict[str, tuple[int, int] | None]:
+    """Sizes (H, W) in pixels that previews have, by the end of the picture's name: three where images have many."""
+    if sizes is None:
+        return {"": None}
+    long = 4 * sizes.square
+    shapes = [sizes.size_of(*stored) for stored in ((2 * long, long), (long, 2 * long))]
+    return {"": None} | {f"-{height}x{width}": (height, width) for height, width in shapes}
+
+
 def draw(t: Training, indices: torch.Tensor, y: torch.Tensor, stream: rng.Stream, **how: Any) -> torch.Tensor:
     """EMA samples (n, C, H, W) with these numbers and class ids, by a solver and guidance; on the CPU. Collective."""
     pipe = Pipeline(t.ema, t.transport, t.autoencoder)
@@ -229,10 +241,12 @@ def draw(t: Training, indices: torch.Tensor, y: torch.Tensor, stream: rng.Stream
     return pipe.images(y, **how, generators=generators).float().cpu()
 
 
-def preview(t: Training, this_run: run.Run, batch_size: int) -> torch.Tensor | None:
+def preview(
+    t: Training, this_run: run.Run, batch_size: int, size: tuple[int, int] | None = None
+) -> torch.Tensor | None:
     """EMA samples (N, C, H, W), one row per class, on the main process; None if they are interrupted. Collective."""
     labels = torch.tensor(logs.shown_classes(t.ema.num_classes)).repeat_interleave(PREVIEW_COLUMNS)
-    how = {"solver": ODE(num_steps=PREVIEW_STEPS), "guidance": cli.guidance_from(t.args)}
+    how = {"solver": ODE(num_steps=PREVIEW_STEPS), "guidance": cli.guidance_from(t.args), "size": size}
     drawn: dict[int, torch.Tensor] = {}
     for indices in distributed.shares(len(labels), batch_size, t.processes):
         indices %= len(labels)
@@ -257,10 +271,25 @@ class Batch:
     """This process's n samples of a step; x_t = alpha_t x_1 + sigma_t x_0, and the network predicts at (x_t, t, y)."""
 
     positions: range  # numbers of the samples in the run
-    images: torch.Tensor  # (n, C, H, W), or x_1 itself where nothing is encoded
+    images: Samples  # (n, C, H, W), or x_1 itself where nothing is encoded; of many sizes a list of (C, H, W)
     y: torch.Tensor  # (n,) class ids
     t: torch.Tensor  # (n,) times, on the CPU so that no device is waited for
-    x0: torch.Tensor  # (n, C, h, w) noise
+    x0: Samples  # (n, C, h, w) noise, or a list
+
+
+def noise_shapes(t: Training, images: Samples) -> Sequence[int] | list[Sequence[int]]:
+    """Shape of the noise of every sample, or of each where images have many sizes."""
+    if isinstance(images, torch.Tensor):
+        return t.model.sample_shape
+    encoded = t.dataset.kind == "images"
+    return [t.autoencoder.latent_shape(image.shape) if encoded else tuple(image.shape) for image in images]
+
+
+def count_tokens(t: Training, times: torch.Tensor, shapes: Sequence[int] | list[Sequence[int]]) -> int:
+    """Tokens that go through the network for samples at these times (n,)."""
+    levels = t.transport.schedule.level_at(times).tolist()
+    sizes = [None] * len(levels) if isinstance(shapes[0], int) else [tuple(shape[1:]) for shape in shapes]
+    return sum(t.model.num_tokens(level, size) for level, size in zip(levels, sizes, strict=True))
 
 
 def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, torch.Tensor]:
@@ -307,9 +336,10 @@ def train_steps(t: Training, this_run: run.Run) -> None:
     for step, positions, images, labels in batches:
         # Random numbers and learning rate of this step
         settings = args.global_seed, args.global_batch_size, args.class_dropout_prob
-        times, x0, drop = rng.draw_step(step, positions, model.sample_shape, t.transport, *settings)
+        shapes = noise_shapes(t, images)
+        times, x0, drop = rng.draw_step(step, positions, shapes, t.transport, *settings)
         y = labels.masked_fill(drop, model.num_classes)
-        images, y, x0 = (tensor.to(device, non_blocking=True) for tensor in (images, y, x0))
+        images, y, x0 = (samples.to(values, device) for values in (images, y, x0))
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         for group in t.optimizer.param_groups:
             group["lr"] = lr
@@ -317,6 +347,7 @@ def train_steps(t: Training, this_run: run.Run) -> None:
         # Forward and backward
         terms = forward_backward(t, Batch(positions, images, y, times, x0), micro_batch)
         meter.add_losses(terms)
+        meter.tokens += count_tokens(t, times, shapes)
 
         # Health: numbers that are not finite must not reach the weights
         clipped = args.max_grad_norm is not None
@@ -354,7 +385,8 @@ def train_steps(t: Training, this_run: run.Run) -> None:
             if stop:
                 break
             if args.sample_every and (done % args.sample_every == 0 or last):
-                this_run.show(done, preview(t, this_run, samples_batch), PREVIEW_COLUMNS)
+                for name, size in preview_sizes(t.dataset.sizes).items():
+                    this_run.show(done, preview(t, this_run, samples_batch, size), PREVIEW_COLUMNS, name)
             if t.evaluation and (done % args.eval_every == 0 or last):
                 t.evaluation.measure(done, lambda i, y: draw(t, i, y, **evaluated), this_run, samples_batch)
     progress.close()

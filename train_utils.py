@@ -9,14 +9,18 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 
-from data.autoencoder import autoencoder_name
+from data.autoencoder import Autoencoder, autoencoder_name
+from data.datasets import AnyDataset
+from data.sizes import SizeRule
+from experts import Network
 from models import MODELS, canonical_name
 from pipeline import Pipeline, check_claims
-from positions import ATTENTION_SCALES, ROPE_KINDS, RopeScaling
+from positions import ATTENTION_SCALES, POSITIONS, ROPE_KINDS, RopeScaling
 from runtime.errors import UserError, note, user_input
 from runtime.speed import PRECISIONS
 from transport import (
@@ -195,7 +199,31 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
         help="embed patches by two linear layers with D values in between (default: by one)",
     )
     add("--patch-level", type=positive_int, help="number of levels, checked against --model's")
+    add(
+        "--position",
+        choices=POSITIONS,
+        help="positions of tokens: sincos for images of one size, rope for any (default: --model's)",
+    )
     add("--image-size", type=positive_int, help="side of the images (default: 256 for folders, else their own)")
+    add(
+        "--max-tokens",
+        type=positive_int,
+        metavar="N",
+        help="let images keep their aspect ratio: the size of each is the best of at most N tokens (of 2x2 latents); "
+        "needs rotary positions; latents that were extracted so know it",
+    )
+    add(
+        "--size-multiple",
+        type=positive_int,
+        metavar="P",
+        help="pixels that divide the sides then, as the patches must (default: those of 4x4 latents)",
+    )
+    add(
+        "--crop-probability",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="share of square crops among the images that are larger than the square (default: 0.5; FiT: 0)",
+    )
     add("--num-classes", type=positive_int, help="number of classes (default: the dataset's)")
     add(
         "--vae",
@@ -433,6 +461,49 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
 
 PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
 TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "loss_weight_value", "aug_dim", "time_sampling", "time_params")
+
+
+def take_sizes(args: argparse.Namespace, dataset: AnyDataset, autoencoder: Autoencoder | None) -> None:
+    """Let images keep their aspect ratio, where the flags or the dataset say so.
+
+    Args:
+        autoencoder: of images that are encoded on the fly
+
+    Raises:
+        ValueError: if the sizes do not go together, or with the data.
+    """
+    given = {"max_tokens": args.max_tokens, "multiple": args.size_multiple, "crop_probability": args.crop_probability}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return
+    if args.max_tokens is not None and args.image_size is not None:
+        raise ValueError("the sizes follow from --max-tokens: leave --image-size out")
+    if dataset.sizes is None and args.max_tokens is None:
+        flag = "--size-multiple" if args.size_multiple else "--crop-probability"
+        raise ValueError(f"{flag} is about images of many sizes: give --max-tokens as well, or leave it out")
+    factor = autoencoder.factor if autoencoder else 1
+    default = {"multiple": 4 * factor, "token": 2 * factor}
+    dataset.take_sizes(replace(dataset.sizes, **given) if dataset.sizes else SizeRule(**{**default, **given}))
+
+
+def fit_sizes(args: argparse.Namespace, dataset: AnyDataset, model: Network) -> None:
+    """Tell a network how large the images of many sizes become (ValueError if it does not take them)."""
+    if dataset.sizes is None:
+        return
+    if model.position != "rope":
+        raise ValueError(
+            f"{args.model} knows one size alone, and the images have many: choose a --model with rotary positions, as "
+            "PPFiT-B-2, or give --position rope"
+        )
+    multiple = dataset.sizes.multiple
+    try:
+        model.input_size_of((multiple, multiple), dataset.sizes.token // 2)
+    except ValueError as error:
+        raise ValueError(f"the images' sides are multiples of {multiple} pixels: {error}") from error
+    if args.compile:
+        raise ValueError("--compile would make a graph for each mix of sizes: leave it out")
+    finest = math.prod((args.patch_sizes or MODELS[args.model]["patch_sizes"])[-1])
+    model.train_tokens = 4 * dataset.sizes.max_tokens // finest
 
 
 def num_patch_sizes(args: argparse.Namespace) -> int:

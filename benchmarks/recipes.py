@@ -14,7 +14,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from data.images import ImageArchive
-from models import PyramidalPatchDiT, create_model
+from experts import ExpertPatchDiT, create_expert
+from models import create_model
 from runtime.files import complete_file
 from runtime.logs import to_uint8
 from runtime.rng import Stream, sample_generators
@@ -35,6 +36,7 @@ class Recipe:
 
     Args:
         model:         name in the registry
+        patch_sizes:   other patches, coarsest first; None for the model's
         edges:         times at which the level changes; None for the paper's
         longer:        factor of --steps
         start:         recipe whose weights at half of --steps it starts from, for the other half
@@ -43,9 +45,11 @@ class Recipe:
         coarse_batch:  so many times as many samples at every level but the finest, each with as much less weight
         coarse_weight: factor of the loss of every level but the finest
         wide:          the coarse patches are embedded by an MLP instead of a linear layer
+        experts:       levels share no parameters (Patch Diffusion, arXiv:2207.04316)
     """
 
     model: str
+    patch_sizes: tuple[tuple[int, int], ...] | None = None
     edges: tuple[float, ...] | None = None
     longer: float = 1.0
     start: str | None = None
@@ -54,6 +58,7 @@ class Recipe:
     coarse_batch: int = 1
     coarse_weight: float = 1.0
     wide: bool = False
+    experts: bool = False
 
 
 # At 16x16 pixels 1.61 and 2.03 times the steps of a pyramid cost the arithmetic of SiT's.
@@ -63,6 +68,8 @@ RECIPES = {
     "ppf3": Recipe("PPF-T-3"),
     "ppf2-equal-cost": Recipe("PPF-T-2", longer=1.6),
     "ppf3-equal-cost": Recipe("PPF-T-3", longer=2.0),
+    "ppf2-experts-equal-cost": Recipe("PPF-T-2", longer=1.6, experts=True),
+    "ppf2-coarse-data-equal-cost": Recipe("PPF-T-2", longer=1.6, coarse_data=True),
     "ppf2-edge-0.25": Recipe("PPF-T-2", edges=(0.25,)),
     "ppf2-edge-0.35": Recipe("PPF-T-2", edges=(0.35,)),
     "ppf2-edge-0.65": Recipe("PPF-T-2", edges=(0.65,)),
@@ -76,6 +83,7 @@ RECIPES = {
     "ppf2-data-edge-0.35": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True),
     "ppf2-data-edge-0.35-from-sit": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True, start="sit"),
     "ppf3-coarse-data": Recipe("PPF-T-3", coarse_data=True),
+    "sit-early-data": Recipe("PPF-T-2", patch_sizes=((2, 2), (2, 2)), coarse_data=True),  # SiT's tokens at all times
 }
 
 
@@ -85,7 +93,9 @@ class VelocityNetwork(nn.Module):
     def __init__(self, recipe: Recipe, image_size: int, num_classes: int, transport: Transport) -> None:
         super().__init__()
         sizes = {"input_size": image_size, "in_channels": 3, "num_classes": num_classes, "learn_sigma": False}
-        self.inner: PyramidalPatchDiT = create_model(recipe.model, **sizes)
+        if recipe.patch_sizes:
+            sizes["patch_sizes"] = recipe.patch_sizes
+        self.inner = _experts(recipe, transport, sizes) if recipe.experts else create_model(recipe.model, **sizes)
         self.num_levels, self.num_classes = self.inner.num_levels, num_classes
         self.in_channels = 3
         self.coarse_data = recipe.coarse_data
@@ -113,6 +123,13 @@ class VelocityNetwork(nn.Module):
     def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
         """Multiply-accumulates of one evaluation at a level, those of a wide embedding left out."""
         return self.inner.macs(level, size)
+
+
+def _experts(recipe: Recipe, transport: Transport, sizes: dict[str, Any]) -> ExpertPatchDiT:
+    """A network of its own for each patch size."""
+    edges = transport.schedule.level_edges
+    networks = [create_expert(recipe.model, range(k, k + 1), **sizes) for k in range(len(edges) + 1)]
+    return ExpertPatchDiT(networks, edges)
 
 
 def transport_of(recipe: Recipe) -> Transport:

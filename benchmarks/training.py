@@ -38,7 +38,7 @@ from benchmarks.timing import (
     table,
 )
 from data.datasets import open_dataset
-from data.latents import FORMAT
+from data.latent_files import FORMAT
 from data.order import StepSampler, training_loader
 from runtime.errors import run_script
 from runtime.logs import RunLog, StepMeter

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from transport.noise import Generator, randn
+from transport.samples import Samples, by_shape
 
 # SiT's and DiT's --vae ema and --vae mse.
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -43,7 +44,7 @@ class PixelSpace:
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(image_shape)
 
-    def encode(self, images: torch.Tensor, generator: Generator = None) -> torch.Tensor:
+    def encode(self, images: Samples, generator: Generator = None) -> Samples:
         return images
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -146,8 +147,18 @@ class LatentSpace:
         mean, *deviation = (torch.cat(part) for part in zip(*parts, strict=True))
         return mean, deviation[0] if deviation else None
 
-    def encode(self, images: torch.Tensor, generator: Generator = None) -> torch.Tensor:
-        """Scaled latents (N, C, h, w), drawn from the posterior of images in [-1, 1] (N, 3, H, W)."""
+    def encode(self, images: Samples, generator: Generator = None) -> Samples:
+        """Scaled latents (N, C, h, w), drawn from the posterior of images in [-1, 1] (N, 3, H, W).
+
+        Of a list of images (3, H, W) of many sizes, with one generator each, a list of latents (C, h, w).
+        """
+        if not isinstance(images, torch.Tensor):
+            latents: list[torch.Tensor] = [None] * len(images)
+            for group in by_shape(images):
+                generators = [generator[i] for i in group]
+                for i, x in zip(group, self.encode(torch.stack([images[i] for i in group]), generators), strict=True):
+                    latents[i] = x
+            return latents
         mean, deviation = self.raw_moments(images)
         if deviation is not None:
             mean = mean + deviation * randn(mean.shape, generator, mean.device, mean.dtype)

@@ -12,25 +12,33 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.autoencoder import Autoencoder, autoencoder_name, load_autoencoder
 from data.images import ImageArchive, ImageFolderDataset
-from data.latents import LatentShards, digest, shard_files
+from data.latent_files import digest, shard_files
+from data.latents import LatentShards
+from data.sizes import SizeRule
 
 
 class AnyDataset(Protocol):
     """A list of (x, label) with random access.
 
-    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once.
+    A dataset may also have load_many(indices, generators), which gives (n, C, H, W) and labels (n,) at once; where
+    there is a rule of sizes, a list of (C, H, W).
     """
 
     kind: str  # "digits", "images" (both with values in [-1, 1]) or "latents" (scaled for the network)
     num_classes: int
-    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W)
+    image_shape: tuple[int, ...]  # of a loaded sample, (C, H, W); of a square one with a rule of sizes
     image_size: int | None  # side of the images; for latents, of the images behind them, if known
+    sizes: SizeRule | None  # of images that keep their aspect ratio; None where all are squares
     value_step: float | None  # distance of neighbouring pixel values, for bits per dimension; None for latents
 
     def __len__(self) -> int: ...
 
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
         """One x (C, H, W) float32 and its label; the generator augments it; None for no augmentation."""
+        ...
+
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Let images keep their aspect ratio, at the sizes of a rule (ValueError where the data do not allow it)."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -49,6 +57,7 @@ class Digits(Dataset):
     num_classes = 10
     image_shape = (1, 8, 8)
     image_size = 8
+    sizes = None
     value_step = 2 / 16
 
     def __init__(self) -> None:
@@ -64,6 +73,10 @@ class Digits(Dataset):
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
         """Image (1, 8, 8) and label; no augmentation, because a mirrored digit is no digit."""
         return self.images[index], int(self.labels[index])
+
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Refuse: all digits are squares."""
+        raise ValueError("digits are 8x8, all of them: leave --max-tokens out")
 
     def identity(self) -> dict[str, Any]:
         """See AnyDataset; the images are so small that the digest is of their values."""

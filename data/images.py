@@ -1,4 +1,4 @@
-"""Image files, and the datasets that are folders or zip archives of them: RGB, cropped to squares."""
+"""Image files, and the datasets that are folders or zip archives of them: RGB, cropped to squares or to many sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.latents import MAX_CLASSES, digest, draw_flip
+from data.latent_files import MAX_CLASSES, digest
+from data.sizes import SizeRule, cover_and_crop, draw_version
 
 # Errors of a disk or a network drive, not of the image.
 DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -29,7 +30,6 @@ DISK_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.E
 LARGEST_IMAGE = 2**27
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
-LONGEST = 64  # times the short side: only the middle of a longer image is resized
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -84,17 +84,7 @@ def center_crop_arr(image: Image.Image, image_size: int) -> np.ndarray:
     Returns:
         (S, S, 3) uint8. Source: guided-diffusion (arXiv:2105.05233).
     """
-    while min(image.size) >= 2 * image_size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = image_size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    if max(width, height) > LONGEST * image_size:  # 1 x 10000 pixels would become 256 x 2560000
-        x, y = image.width / width, image.height / height
-        box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
-        return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)[top : top + image_size, left : left + image_size]
+    return cover_and_crop(image, image_size, image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -116,20 +106,38 @@ class PackedStrings:
 
 
 class ImageDataset(Dataset, ABC):
-    """RGB images in [-1, 1], cropped to squares; the base of image folders and archives."""
+    """RGB images in [-1, 1]; the base of image folders and archives.
+
+    Args:
+        names:       of the images
+        labels:      their class numbers
+        num_classes: number of classes
+        image_size:  side of the squares that they are cropped to
+    """
 
     kind = "images"
     value_step = 2 / 255
 
-    def __init__(self, names: Sequence[bytes], labels: Sequence[int], num_classes: int, image_size: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[bytes],
+        labels: Sequence[int],
+        num_classes: int,
+        image_size: int,
+    ) -> None:
         self.names = PackedStrings(names)
         self.labels = np.asarray(labels, np.int64)
         self.num_classes = num_classes
+        self.sizes: SizeRule | None = None
         self.image_size = image_size
         self.image_shape = (3, image_size, image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Keep the aspect ratio of the images, instead of cropping all to squares."""
+        self.sizes, self.image_size, self.image_shape = sizes, sizes.square, (3, sizes.square, sizes.square)
 
     def identity(self) -> dict[str, Any]:
         """See AnyDataset; classes and images are known by the names of their folders and files."""
@@ -161,8 +169,18 @@ class ImageDataset(Dataset, ABC):
         kind = OSError if self.is_disk_error(error) else UnreadableImage
         return kind(f"cannot read the image {self.image_name(index)}: {printable(' '.join(reason.split()))}")
 
-    def load(self, index: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
-        """Image (3, S, S) and label; with a generator, mirrored half of the time.
+    def load(
+        self, index: int, generator: torch.Generator | None = None, square: bool = False
+    ) -> tuple[torch.Tensor, int]:
+        """Image (3, H, W) and label; with a generator, mirrored half of the time.
+
+        H and W are the image size, or follow from the rule of sizes: those of the image's own aspect ratio, or the
+        square's.
+
+        Args:
+            index:     number of the image
+            generator: draws if it is mirrored, and which version of many sizes it is; None for no augmentation
+            square:    the version where nothing is drawn; images without a square version have but one
 
         Raises:
             UnreadableImage: if the file cannot be read as one.
@@ -173,11 +191,27 @@ class ImageDataset(Dataset, ABC):
                 image = read_rgb(file)
         except Exception as error:  # at damaged files Pillow raises SyntaxError, struct.error, MemoryError, ...
             raise self.unreadable(index, error) from error
-        pixels = center_crop_arr(image, self.image_size)
-        if generator is not None and draw_flip(generator):
+        mirrored, square = (False, square) if generator is None else draw_version(generator, self.sizes)
+        height, width = self.size_of(image.size, square)
+        pixels = cover_and_crop(image, height, width)
+        if mirrored:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         return tensor.float() / 127.5 - 1, int(self.labels[index])
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image in its file, read from the header alone (exceptions as of `load`)."""
+        try:
+            with self.open_image(index) as file, Image.open(file) as opened:
+                return opened.size
+        except Exception as error:  # as in load
+            raise self.unreadable(index, error) from error
+
+    def size_of(self, image_size: tuple[int, int], square: bool) -> tuple[int, int]:
+        """Size (H, W) that an image of this width and height gets, as the square version or not."""
+        if self.sizes is None or (square and self.sizes.has_square(*image_size)):
+            return self.image_size, self.image_size
+        return self.sizes.size_of(*image_size)
 
 
 class ImageFolderDataset(ImageDataset):
@@ -264,11 +298,7 @@ class ImageArchive(ImageDataset):
         self.deflated = np.array([entries[name].compress_type == zipfile.ZIP_DEFLATED for name in names])
         super().__init__([name.encode() for name in names], labels, max(labels) + 1, image_size or 0)
         if image_size is None:
-            try:
-                with self.open_image(0) as file, Image.open(file) as first:
-                    image_size = min(first.size)
-            except Exception as error:  # as in load
-                raise self.unreadable(0, error) from error
+            image_size = min(self.stored_size(0))
             self.image_size, self.image_shape = image_size, (3, image_size, image_size)
 
     def identity(self) -> dict[str, Any]:

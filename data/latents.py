@@ -1,177 +1,28 @@
-"""Latent files: safetensors of latents, written by extract_latents.py or by LightningDiT, read in any order.
-
-A latent file of n samples holds, under LightningDiT's names,
-
-    latents, latents_flip           (n, C, h, w)  unscaled latents z of the images and of their mirror images
-    labels                          (n,)          class numbers, int64
-    latents_std, latents_flip_std   (n, C, h, w)  standard deviation of the posterior, whose mean `latents` then are
-
-The last two are ours: LightningDiT stores draws from the posterior, and ignores unknown tensors. The metadata of our
-files name the autoencoder and the scaling from z to the network's x; LightningDiT keeps latents_stats.pt beside its own
-files instead.
-"""
+"""The dataset of latents: read from latent files in any order."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from data.autoencoder import Autoencoder, LatentSpace, Scaling
-from runtime.files import complete_file
+from data.latent_files import MAX_CLASSES, SIZES, Shard, digest, settings_of, shard_files, version_of
+from data.sizes import SizeRule, draw_version
 from transport import randn
 
-FORMAT = "PPFlow latents 1"
 STATISTICS = "latents_stats.pt"  # mean and std (1, C, 1, 1) of a data set, where LightningDiT keeps them
-
-STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # --dtype
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # in safetensors' words
-
-LONGEST_HEADER = 100_000_000  # safetensors' own limit, in bytes
 OPEN_FILES = 256  # per process; systems commonly allow 1024
-
-MAX_CLASSES = 1_000_000  # a larger label is damage, and would make an embedding of gigabytes
-
-
-def digest(*parts: np.ndarray | bytes) -> str:
-    """sha256 of arrays and byte strings, in hex; their shapes and types count."""
-    sha = hashlib.sha256()
-    for part in parts:
-        array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else np.ascontiguousarray(part)
-        sha.update(f"{array.dtype.str} {array.shape}".encode())
-        sha.update(array)
-    return sha.hexdigest()
-
-
-def draw_flip(generator: torch.Generator) -> bool:
-    """Draw if a sample is mirrored, from the first number of its generator, for images and latents alike."""
-    return torch.rand((), generator=generator).item() < 0.5
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def shard_files(path: str | Path) -> list[Path]:
-    """The latent files of a folder in the order of their samples; a name that starts with a dot is unfinished."""
-    return sorted(file for file in Path(path).glob("*.safetensors") if not file.name.startswith("."))
-
-
-def shard_name(number: int) -> str:
-    """File name of latent file `number`, zero-padded so that names sort in order."""
-    return f"latents_{number:06d}.safetensors"
-
-
-def shard_metadata(autoencoder: LatentSpace, image_size: int, num_classes: int, shards: int) -> dict[str, str]:
-    """Metadata of a latent file of ours: the settings of its set, which has `shards` files."""
-    return {
-        "format": FORMAT,
-        "autoencoder": autoencoder.name,
-        **{name: json.dumps(value) for name, value in asdict(autoencoder.scaling).items()},
-        "image_size": str(image_size),
-        "num_classes": str(num_classes),
-        "shards": str(shards),
-    }
-
-
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a latent file, which appears under its name only when complete; the module's docstring lists the tensors.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    with complete_file(path) as temporary:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The header of a latent file; none of its data."""
-
-    path: str
-    rows: int
-    shape: tuple[int, ...]  # of one sample's latents, (C, h, w)
-    dtype: torch.dtype
-    begins: dict[str, int]  # by tensor, the position of its first byte in the file
-    version: tuple[int, int]  # size of the file, and time of its last change in ns
-    metadata: dict[str, str]
-
-    @classmethod
-    def read(cls, path: str | Path) -> Shard:
-        """Read the header of a file: its length in 8 bytes, then JSON, then the data (safetensors' format).
-
-        Raises:
-            ValueError: if the file is damaged, or holds something else.
-        """
-        with open(path, "rb") as file:
-            version = _version(file)
-            size, _ = version
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(length) if length <= min(size - 8, LONGEST_HEADER) else b"")
-                metadata = {name: str(value) for name, value in header.pop("__metadata__", {}).items()}
-                found = {
-                    name: (str(tensor["dtype"]), tuple(map(int, tensor["shape"]))) for name, tensor in header.items()
-                }
-                places = {name: tuple(map(int, tensor["data_offsets"])) for name, tensor in header.items()}
-                end = max((end for _, end in places.values()), default=0)
-            except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
-                raise ValueError(f"the latent file {path} is damaged: its header cannot be read") from error
-        if end != size - 8 - length:
-            expected = 8 + length + end
-            raise ValueError(f"the latent file {path} is damaged: it has {size} bytes and should have {expected}")
-        names = ["latents", "latents_flip"]
-        names += ["latents_std", "latents_flip_std"] if "latents_std" in found else []
-        dtype, shape = found.get("latents", ("", ()))
-        labels = ("I64", shape[:1])
-        if dtype not in DTYPES or len(shape) != 4 or any(found.get(name) != (dtype, shape) for name in names):
-            wrong = ", ".join(names) + " of one shape (n, C, h, w) and type fp16, bf16 or fp32"
-        elif found.get("labels") != labels:
-            wrong = "int64 labels, one for each of the latents"
-        else:
-            sizes = dict.fromkeys(names, math.prod(shape) * DTYPES[dtype].itemsize) | {"labels": 8 * shape[0]}
-            if min(shape) < 0 or any(places[k][0] < 0 or places[k][1] - places[k][0] != sizes[k] for k in sizes):
-                raise ValueError(f"the latent file {path} is damaged: its header contradicts itself")
-            begins = {name: 8 + length + places[name][0] for name in (*names, "labels")}
-            return cls(str(path), shape[0], shape[1:], DTYPES[dtype], begins, version, metadata)
-        text = "; ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(found.items())) or "nothing"
-        raise ValueError(f"{path} is no shard of latents: looked for {wrong}; found {text}")
-
-
-def _version(file: BinaryIO) -> tuple[int, int]:
-    """Size of an opened file, and time of its last change in ns."""
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def settings_of(shard: Shard) -> dict[str, str]:
-    """The metadata that all files of a set share (`shard_metadata`); empty for files that are not ours."""
-    if shard.metadata.get("format") != FORMAT:
-        return {}
-    return {name: value for name, value in shard.metadata.items() if name != "skipped"}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The dataset
 
 
 class LatentShards(Dataset):
@@ -188,6 +39,7 @@ class LatentShards(Dataset):
     Attributes:
         vae:         name of the autoencoder; None if neither the files nor --vae name it
         image_size:  side of the images; None if the autoencoder is unknown
+        sizes:       rule of sizes, where the files hold many; None else
         scaling:     conversion between the autoencoder's latents and the network's inputs
 
     Raises:
@@ -199,24 +51,31 @@ class LatentShards(Dataset):
     kind = "latents"
     value_step = None  # latents are continuous
 
-    def __init__(self, path: str | Path, autoencoder: Autoencoder | None = None, image_size: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        autoencoder: Autoencoder | None = None,
+        image_size: int | None = None,
+    ) -> None:
         shards = [Shard.read(file) for file in shard_files(path)]
         if not shards:
             raise FileNotFoundError(f"{path} holds no latent files (*.safetensors)")
         first, metadata = shards[0], settings_of(shards[0])
         for shard in shards:
-            if (shard.shape, shard.dtype, set(shard.begins)) != (first.shape, first.dtype, set(first.begins)):
+            same_shape = shard.shape == first.shape or ("index" in shard.begins and shard.shape[0] == first.shape[0])
+            if not same_shape or (shard.dtype, set(shard.begins)) != (first.dtype, set(first.begins)):
                 raise ValueError(f"the latent files {first.path} and {shard.path} hold tensors of different kinds")
             if settings_of(shard) != metadata:
                 raise ValueError(f"the latent files {first.path} and {shard.path} were made with different settings")
         planned = metadata.get("shards", str(len(shards)))
         if planned != str(len(shards)):
             raise ValueError(f"{path} holds {len(shards)} of {planned} shards: finish extract_latents.py")
-        self.image_shape = first.shape
+        self.image_shape, self.sizes = first.shape, None
         self.has_deviation = "latents_std" in first.begins
-        self._dtype, self._row_bytes = first.dtype, math.prod(first.shape) * first.dtype.itemsize
+        self._dtype = first.dtype
         self._shards = [replace(shard, metadata={}) for shard in shards]
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._versions = _read_versions(shards) if "index" in first.begins else None
         if not len(self):
             raise ValueError(f"the latent files in {path} are empty")
         self._files: dict[int, BinaryIO] = {}
@@ -236,9 +95,14 @@ class LatentShards(Dataset):
                     raise ValueError(f"{self.num_classes} classes")
                 if not self.scaling.apply(torch.ones(1, *first.shape)).isfinite().all():
                     raise ValueError(f"{self.scaling}")
+                if self._versions is not None:
+                    rule = {name: int(metadata[name]) for name in SIZES}
+                    side = self.image_size // int(metadata["factor"])
+                    self.sizes, self.image_shape = SizeRule(**rule), (first.shape[0], side, side)
             except (KeyError, ValueError, TypeError, RuntimeError) as error:  # of json, int and torch
                 raise ValueError(f"the latent file {first.path} is damaged: its metadata cannot be read") from error
-            same = space and space.scaling == self.scaling and space.factor * first.shape[-1] == self.image_size
+            side = self.image_shape[-1]
+            same = space and space.scaling == self.scaling and space.factor * side == self.image_size
             if autoencoder is not None and not same:
                 raise ValueError(f"{path} holds latents of {self.vae}, not of {autoencoder.name}: leave --vae out")
         else:
@@ -256,15 +120,25 @@ class LatentShards(Dataset):
         self.num_classes = self.num_classes or int(labels.max()) + 1
         self._labels_digest = digest(labels)
         if space is not None:  # it may have moved, or decode the same latents, as mse decodes ema's
-            self.vae, self.image_size = space.name, space.factor * first.shape[-1]
+            self.vae, self.image_size = space.name, space.factor * self.image_shape[-1]
         if image_size is not None and self.image_size not in (None, image_size):
             raise ValueError(
                 f"{path} holds latents of {self.image_size}x{self.image_size} images: "
                 f"leave --image-size {image_size} out, or extract them at that size"
             )
 
+    def take_sizes(self, sizes: SizeRule) -> None:
+        """Take the crop probability of a rule of sizes; the files have the sizes (ValueError if of another rule)."""
+        if self.sizes is None:
+            raise ValueError("these latents are of one size: leave --max-tokens out, or extract them with --max-tokens")
+        for name in SIZES[:2]:
+            if getattr(sizes, name) != getattr(self.sizes, name):
+                flag = {"max_tokens": "--max-tokens", "multiple": "--size-multiple"}[name]
+                raise ValueError(f"these latents were extracted with {flag} {getattr(self.sizes, name)}: leave it out")
+        self.sizes = replace(self.sizes, crop_probability=sizes.crop_probability)
+
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._versions is None else self._versions.shape[1]
 
     def _read_labels(self, bound: int) -> np.ndarray:
         """Labels (N,) int64 of all files; ValueError if one is negative, or not below the bound."""
@@ -304,8 +178,10 @@ class LatentShards(Dataset):
 
     def load_many(
         self, indices: Sequence[int], generators: Sequence[torch.Generator] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
         """Scaled latents (n, C, h, w) float32 and labels (n,) int64; each independent of the others.
+
+        Latents of many sizes are a list of n tensors (C, h, w).
 
         Args:
             generators: one per sample; it draws if the sample is mirrored, then from the posterior where the files
@@ -314,44 +190,62 @@ class LatentShards(Dataset):
         Raises:
             OSError: if a file cannot be read, or has changed since the dataset was opened.
         """
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = (np.asarray(indices) - self._starts[shards]).tolist()
+        versions = [draw_version(generator, self.sizes) for generator in generators or ()] or [(False, False)]
+        mirrored, square = (np.broadcast_to(version, len(indices)) for version in zip(*versions, strict=True))
+        if self._versions is None:
+            return self._load_rows(np.asarray(indices), mirrored, generators)
+        whole, cropped = self._versions[:, indices]
+        rows = np.where(square & (cropped >= 0), cropped, whole)
+        parts = [
+            self._load_rows(rows[i : i + 1], mirrored[i : i + 1], None if generators is None else [generators[i]])
+            for i in range(len(rows))
+        ]
+        return [latents[0] for latents, _ in parts], torch.cat([labels for _, labels in parts])
+
+    def _load_rows(
+        self, rows: np.ndarray, mirrored: np.ndarray, generators: Sequence[torch.Generator] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled latents (n, C, h, w) and labels (n,) in these rows of all files, which have one size."""
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        rows = (rows - self._starts[shards]).tolist()
         shards = shards.tolist()
-        if generators is None:
-            names = ["latents"] * len(rows)
-        else:
-            names = ["latents_flip" if draw_flip(generator) else "latents" for generator in generators]
+        names = ["latents_flip" if flip else "latents" for flip in mirrored]
         draws = self.has_deviation and generators is not None
         wanted = [self._places(shards, rows, names)]
         if draws:
             wanted += [self._places(shards, rows, [f"{name}_std" for name in names])]
+        shape = self._shards[shards[0]].shape
         if hasattr(os, "posix_fadvise"):  # on Linux: prefetch all at once, not one after the other
             for shard, begin in itertools.chain(*wanted):
                 descriptor = self._file(shard).fileno()
                 with contextlib.suppress(OSError):  # reading reports errors
-                    os.posix_fadvise(descriptor, begin, self._row_bytes, os.POSIX_FADV_WILLNEED)
-        z = self._latents(wanted[0])
+                    os.posix_fadvise(descriptor, begin, self._row_bytes(shape), os.POSIX_FADV_WILLNEED)
+        z = self._latents(wanted[0], shape)
         if draws:
-            z += self._latents(wanted[1]).mul_(randn(z.shape, generators))
+            z += self._latents(wanted[1], shape).mul_(randn(z.shape, generators))
         places = [(k, self._shards[k].begins["labels"] + 8 * row) for k, row in zip(shards, rows, strict=True)]
         labels = self._bytes(places, 8).view(torch.int64).flatten()
         for k in set(shards):
-            if _version(self._file(k)) != self._shards[k].version:
+            if version_of(self._file(k)) != self._shards[k].version:
                 path = self._shards[k].path
                 raise OSError(f"the latent file {path} has been changed since it was opened: start again")
         return self.scaling.apply(z), labels
 
     def _places(self, shards: list[int], rows: list[int], names: list[str]) -> list[tuple[int, int]]:
         """File number and first byte of these rows of these tensors."""
-        size = self._row_bytes
         return [
-            (k, self._shards[k].begins[name] + row * size) for k, row, name in zip(shards, rows, names, strict=True)
+            (k, self._shards[k].begins[name] + row * self._row_bytes(self._shards[k].shape))
+            for k, row, name in zip(shards, rows, names, strict=True)
         ]
 
-    def _latents(self, places: list[tuple[int, int]]) -> torch.Tensor:
+    def _row_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of one sample's latents."""
+        return math.prod(shape) * self._dtype.itemsize
+
+    def _latents(self, places: list[tuple[int, int]], shape: tuple[int, ...]) -> torch.Tensor:
         """The latents (n, C, h, w) at these places, as float32."""
-        stored = self._bytes(places, self._row_bytes).view(self._dtype)
-        return stored.view(len(places), *self.image_shape).float()
+        stored = self._bytes(places, self._row_bytes(shape)).view(self._dtype)
+        return stored.view(len(places), *shape).float()
 
     def _bytes(self, places: list[tuple[int, int]], size: int) -> torch.Tensor:
         """(n, size) uint8 from these places.
@@ -380,6 +274,26 @@ class LatentShards(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_files": {}}
+
+
+def _read_versions(shards: Sequence[Shard]) -> np.ndarray:
+    """Rows (2, N) of the images over all files: of each one's own aspect ratio, and of its square version or -1.
+
+    Raises:
+        ValueError: if images are there twice, or as squares alone.
+    """
+    start, numbers = 0, []
+    for shard in shards:
+        found = np.fromfile(shard.path, np.int64, shard.rows, offset=shard.begins["index"])
+        numbers.append((found, start + np.arange(shard.rows), shard.metadata.get("square") == "1"))
+        start += shard.rows
+    versions = np.full((2, 1 + max((int(found.max(initial=0)) for found, _, _ in numbers), default=0)), -1, np.int64)
+    for found, rows, square in numbers:
+        versions[int(square), found] = rows
+    whole, cropped = versions >= 0
+    if whole.sum() + cropped.sum() != start or (cropped & ~whole).any():
+        raise ValueError(f"the latent files beside {shards[0].path} are damaged: their images are not those of one set")
+    return versions[:, whole]
 
 
 def _statistics(path: Path) -> Scaling | None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.datasets import AnyDataset
 from data.images import UnreadableImage
-from data.latents import draw_flip
+from data.sizes import draw_version
 from runtime.distributed import Processes
 from runtime.errors import UserError
 from runtime.preemption import ignore_preemption_signals
@@ -41,10 +41,14 @@ class TrainingStream(Dataset):
         (generator,) = sample_generators(self.seed, [position], Stream.AUGMENTATION)
         return self.dataset.load(self.index(position), generator)
 
-    def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items (n, C, H, W) and labels (n,) at these positions; the DataLoader asks for a batch this way."""
+    def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
+        """Items (n, C, H, W) and labels (n,) at these positions; the DataLoader asks for a batch this way.
+
+        Items of many sizes are a list of n tensors (C, H, W).
+        """
         if not hasattr(self.dataset, "load_many"):
-            return tuple(default_collate([self[position] for position in positions]))
+            items, labels = zip(*(self[position] for position in positions), strict=True)
+            return list(items) if self.dataset.sizes else torch.stack(items), torch.tensor(labels)
         generators = sample_generators(self.seed, positions, Stream.AUGMENTATION)
         return self.dataset.load_many([self.index(position) for position in positions], generators)
 
@@ -56,7 +60,7 @@ def posterior_generators(seed: int, positions: Sequence[int]) -> list[torch.Gene
     """
     generators = sample_generators(seed, positions, Stream.AUGMENTATION)
     for generator in generators:
-        draw_flip(generator)  # load drew it
+        draw_version(generator)  # load drew it
     return generators
 
 

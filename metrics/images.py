@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.datasets import Digits
 from data.images import ImageArchive, ImageDataset, ImageFolderDataset, read_rgb
-from data.latents import MAX_CLASSES, digest
+from data.latent_files import MAX_CLASSES, digest
 from metrics.arrays import StoredArray, open_npz
 from runtime.logs import to_uint8
 from runtime.rng import label_of

@@ -154,6 +154,7 @@ class StepMeter:
     def __init__(self, num_levels: int, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
         self._sums = torch.zeros(3, num_levels, device=device)  # loss, velocity error, number of samples, by level
+        self.tokens = 0  # of this process, that went through the network
         self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
 
     @property
@@ -179,7 +180,9 @@ class StepMeter:
 
     def record(self, step: int, lr: float, epoch: float) -> dict[str, Any]:
         """One record of metrics.jsonl, and begin anew; a level without samples is null. Collective."""
-        loss, error, count = parallel.all_reduce(self._sums).tolist()
+        counted = torch.cat([self._sums.flatten(), self._sums.new_tensor([self.tokens])])
+        *sums, tokens = parallel.all_reduce(counted).tolist()
+        loss, error, count = torch.tensor(sums).reshape(3, -1).tolist()
         values = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": self._grad_norms / self._steps, "lr": lr}
         for name, sums in (("loss", loss), ("velocity_error", error)):
             for level, (total, number) in enumerate(zip(sums, count, strict=True)):
@@ -187,7 +190,9 @@ class StepMeter:
         values["epoch"] = epoch
         values["step_time"] = self.seconds / self._steps
         values["images_per_second"] = self.batch_size * self._steps / self.seconds
+        values["tokens_per_second"] = tokens / self.seconds
         self._sums.zero_()
+        self.tokens = 0
         self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
         return values
 

@@ -56,7 +56,7 @@ def label_of(index: int, num_classes: int, seed: int, sampling: str) -> int:
 def draw_step(
     step: int,
     positions: range,
-    shape: Sequence[int],
+    shapes: Sequence[int] | Sequence[Sequence[int]],
     transport: Transport,
     seed: int,
     batch_size: int,
@@ -66,18 +66,21 @@ def draw_step(
 
     Args:
         positions:  the rank's n samples, numbered over the whole run
-        shape:      of one sample
+        shapes:     shape of every sample, or one shape for each
         batch_size: of all ranks together
         dropout:    probability that a label is made null
 
     Returns:
-        times (n,), noise (n, *shape), and which labels to drop (n,). Times and drops are drawn for the whole batch and
-        cut; noise belongs to the sample's position.
+        times (n,), noise (n, *shape) or a list of n, and which labels to drop (n,). Times and drops are drawn for the
+        whole batch and cut; noise belongs to the sample's position.
     """
     local = slice(positions.start - step * batch_size, positions.stop - step * batch_size)
     (time_generator,) = sample_generators(seed, [step], Stream.TIME)
     (dropout_generator,) = sample_generators(seed, [step], Stream.DROPOUT)
     t = transport.sample_times(batch_size, time_generator)[local]
     drop = torch.rand(batch_size, generator=dropout_generator)[local] < dropout
-    x0 = transport.noise.sample((len(positions), *shape), sample_generators(seed, positions, Stream.NOISE))
+    generators = sample_generators(seed, positions, Stream.NOISE)
+    if isinstance(shapes[0], int):
+        return t, transport.noise.sample((len(positions), *shapes), generators), drop
+    x0 = [transport.noise.sample((1, *shape), [g])[0] for shape, g in zip(shapes, generators, strict=True)]
     return t, x0, drop

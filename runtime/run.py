@@ -322,7 +322,7 @@ class Run:
             by_level = " / ".join("-" if error is None else f"{error:.4f}" for error in errors)
             self.say(
                 f"step {values['step']}: loss {values['loss']:.4f}, velocity error {by_level}, {rate:.0f} images/s, "
-                f"{seconds * 1e3:.0f} ms/step"
+                f"{values['tokens_per_second']:.0f} tokens/s, {seconds * 1e3:.0f} ms/step"
             )
 
     def record_evaluation(self, step: int, name: str, distance: float, seconds: float) -> None:
@@ -352,15 +352,19 @@ class Run:
         """Wait until the checkpoint that is being written has read the weights."""
         self.writer.wait_copied()
 
-    def show(self, step: int, images: torch.Tensor | None, columns: int) -> None:
-        """Save a grid of samples (N, C, H, W) in [-1, 1] and the curves so far; None leaves the grid out."""
+    def show(self, step: int, images: torch.Tensor | None, columns: int, name: str = "") -> None:
+        """Save a grid of samples (N, C, H, W) in [-1, 1] and the curves so far; None leaves the grid out.
+
+        Args:
+            name: end of the picture's name, after the step
+        """
         if self.log is None:
             return
         if images is not None:
-            path = self.folder / "samples" / f"{step:07d}.png"
+            path = self.folder / "samples" / f"{step:07d}{name}.png"
             with self.log.unless_full():
                 save_grid(images, path, columns)
-                self.log.picture("samples", path, step)
+                self.log.picture(f"samples{name}", path, step)
         self.log.plot()
 
     def fail(self, reason: str, advice: str) -> UserError:

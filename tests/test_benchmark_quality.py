@@ -123,6 +123,7 @@ def test_shared_levels_take_turns_around_an_edge_alone(study, monkeypatch):
 def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypatch, capsys):
     run, _, folder = study
     names = ["sit", "ppf2", "ppf2-equal-cost", "ppf3-from-sit", "ppf2-coarse-data", "ppf2-wide"]
+    names += ["ppf2-experts-equal-cost"]
     flags = ["--runs", *names, "--moved-edges", "0.3", "--guidance", "2", "1,2"]
     first = run(*flags)
     for name in names:

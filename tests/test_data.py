@@ -491,6 +491,8 @@ def test_what_changes_in_an_archive_is_seen(tmp_path):
 class Numbers:
     """A dataset of the numbers 0 ... n - 1, each with a random number from the augmentation's generator."""
 
+    sizes = None
+
     def __init__(self, n: int) -> None:
         self.n = n
 

@@ -27,7 +27,7 @@ import extract_latents as room
 from data.autoencoder import load_autoencoder
 from data.datasets import open_dataset
 from data.images import ImageFolderDataset, center_crop_arr
-from data.latents import STORAGE, shard_files, shard_name
+from data.latent_files import STORAGE, shard_files, shard_name
 from data.order import StepSampler, posterior_generators, training_loader
 from extract_latents import extract
 

@@ -189,7 +189,7 @@ def test_long_images_are_cropped_like_others(width, height, monkeypatch):
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     image.putpixel((width // 2, height // 2), (0, 90, 180))
     crop = center_crop_arr(image, 16)
-    monkeypatch.setattr("data.images.LONGEST", np.inf)
+    monkeypatch.setattr("data.sizes.LONGEST", np.inf)
     whole = center_crop_arr(image, 16)
     assert crop.shape == whole.shape == (16, 16, 3)
     assert np.abs(crop.astype(int) - whole).max() <= 2  # roundings

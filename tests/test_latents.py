@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 import data.latents as room
 from data.autoencoder import LatentSpace, PixelSpace, load_autoencoder
 from data.datasets import open_dataset
-from data.latents import STATISTICS, STORAGE, LatentShards, draw_flip, shard_metadata, shard_name, write_shard
+from data.latent_files import STORAGE, shard_metadata, shard_name, write_shard
+from data.latents import STATISTICS, LatentShards
 from data.order import StepSampler, TrainingStream, identity_collate, training_loader
+from data.sizes import draw_version
 from runtime.rng import sample_generators
 
 SHAPE = (4, 3, 5)
@@ -135,7 +137,7 @@ def test_a_generator_decides_the_flip_then_draws_from_the_posterior(tmp_path, sp
         (generator,) = sample_generators(0, [position])
         latents, _ = dataset.load(index, generator)
         (generator,) = sample_generators(0, [position])
-        flips.append(draw_flip(generator))
+        flips.append(draw_version(generator)[0])
         name = "latents_flip" if flips[-1] else "latents"
         noise = torch.randn(SHAPE, generator=generator)
         torch.testing.assert_close(latents, scaled(stored[name][index] + stored[f"{name}_std"][index] * noise))
@@ -148,7 +150,7 @@ def test_positions_see_fresh_draws_with_the_stored_moments(tmp_path, space):
     stream = TrainingStream(dataset, seed=0)
     latents, _ = stream.__getitems__(range(1200))
     latents = latents / SCALE + torch.tensor(SHIFT).view(-1, 1, 1)
-    flips = torch.tensor([draw_flip(g) for g in sample_generators(0, range(1200), 2)])
+    flips = torch.tensor([draw_version(g)[0] for g in sample_generators(0, range(1200), 2)])
     assert abs(flips.sum() - 600) < 4.5 * 1200**0.5 / 2
     for name, chosen in (("latents", latents[~flips]), ("latents_flip", latents[flips])):
         normal = (chosen - stored[name]) / stored[f"{name}_std"]
@@ -266,7 +268,7 @@ def test_its_latents_are_draws_already(tmp_path, space):
     dataset = open_dataset(str(write_foreign(tmp_path)), None, space)
     stored = whole(tmp_path)
     latents, _ = dataset.load_many([3] * 50, sample_generators(0, range(50)))
-    flips = [draw_flip(generator) for generator in sample_generators(0, range(50))]
+    flips = [draw_version(generator)[0] for generator in sample_generators(0, range(50))]
     assert 10 < sum(flips) < 40
     for latent, flip in zip(latents, flips, strict=True):
         torch.testing.assert_close(latent, scaled(stored["latents_flip" if flip else "latents"][3]))

@@ -12,6 +12,7 @@ import torch
 from transport.noise import GaussianNoise, StudentTNoise, to_device
 from transport.paths import PATHS, Path, like
 from transport.predictions import PREDICTIONS, predictions_of, target_row
+from transport.samples import Samples, kind_of, split_by_shape, take
 from transport.schedule import PatchSchedule
 from transport.times import Density, density_of, probabilities, times_of
 from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
@@ -211,26 +212,26 @@ class Transport:
     def training_losses(
         self,
         model: Model,
-        x1: torch.Tensor,
+        x1: Samples,
         y: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         t: torch.Tensor | None = None,
-        x0: torch.Tensor | None = None,
+        x0: Samples | None = None,
         joint: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Denoising loss of each sample; its mean is an unbiased estimate of the expected loss.
 
-        Each level's samples go through the model together. With a CPU generator (or times t on the CPU) the
-        split is computed on the host, without waiting for a GPU.
+        Each level's samples of one shape go through the model together. With a CPU generator (or times t on the CPU)
+        the split is computed on the host, without waiting for a GPU.
 
         Args:
             model:     called as model(x, t, y=..., level=...), once per level present
-            x1:        (N, ...) data
+            x1:        (N, ...) data; of many shapes, a list of N samples (...)
             y:         (N,) class ids
             generator: source of t and x0 where they are not given
             t:         (N,) times in the training interval
-            x0:        (N, ...) noise
-            joint:     call the model once, with lists of one group per level, levels without samples included
+            x0:        (N, ...) noise, or a list likewise
+            joint:     call the model once, with lists of groups, levels without samples included
 
         Returns:
             "loss" (N,): mean squared error over the dimensions, weighted; "velocity_error" (N,): that of the velocity,
@@ -243,14 +244,17 @@ class Transport:
         if t is None:
             t = self.sample_times(len(x1), generator)
         if x0 is None:
-            x0 = self.noise.sample(x1.shape, generator, x1.device, x1.dtype)
+            x0 = self._noise_for(x1, generator)
         level = self.schedule.level_at(t)
-        groups = [torch.nonzero(level == index).flatten() for index in range(self.schedule.num_levels)]
-        levels = [index for index, members in enumerate(groups) if joint or len(members)]
-        order = [to_device(groups[index], x1.device) for index in levels]
-        times = [to_device(t[groups[index]].to(x1.dtype), x1.device) for index in levels]
+        groups = [(index, torch.nonzero(level == index).flatten()) for index in range(self.schedule.num_levels)]
+        groups = [(index, part) for index, members in groups for part in split_by_shape(x1, members)]
+        groups = [(index, members) for index, members in groups if joint or len(members)]
+        levels, (device, dtype) = [index for index, _ in groups], kind_of(x1)
+        order = [to_device(members, device) for _, members in groups]
+        places = order if isinstance(x1, torch.Tensor) else [members for _, members in groups]
+        times = [to_device(t[members].to(dtype), device) for _, members in groups]
         labels = [None if y is None else y[members] for members in order]
-        ends = [(x0[members], x1[members]) for members in order]
+        ends = [(take(x0, members), take(x1, members)) for members in places]
         points = [self.path.interpolate(*pair, time) for pair, time in zip(ends, times, strict=True)]
         if joint:
             outputs = model(points, times, y=labels, level=levels)
@@ -267,9 +271,15 @@ class Transport:
         return {
             "loss": torch.cat(losses)[back],
             "velocity_error": torch.cat(errors)[back],
-            "level": to_device(level, x1.device),
-            "t": to_device(t, x1.device),
+            "level": to_device(level, device),
+            "t": to_device(t, device),
         }
+
+    def _noise_for(self, x1: Samples, generator: torch.Generator | None) -> Samples:
+        """Noise of the shapes of the samples."""
+        if isinstance(x1, torch.Tensor):
+            return self.noise.sample(x1.shape, generator, x1.device, x1.dtype)
+        return [self.noise.sample((1, *x.shape), generator, x.device, x.dtype)[0] for x in x1]
 
     def _squared_error(
         self, output: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, level: int
