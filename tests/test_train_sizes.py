@@ -74,6 +74,7 @@ def test_accumulated_passes_and_checkpointed_blocks_are_one_step(archive, run, t
     assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_loss_curve_of_one(archive, run, tmp_path):
     done = start_script("train.py", *flags(archive, tmp_path / "run"), processes=2)
     assert done.returncode == 0, done.stderr
@@ -149,7 +150,7 @@ def test_digits_of_three_shapes_are_drawn_at_each(tmp_path):
     sizes = [(8, 8), (8, 6), (6, 8)]
     archive = digits_of(tmp_path / "digits.zip", sizes, len(Digits()))
     settings = flags(archive, tmp_path / "run", "--patch-sizes", 2, "--size-multiple", 2, "--crop-probability", 0)
-    train([*settings, "--max-steps", "1200", "--global-batch-size", "64", "--lr", "1e-3", "--log-every", "300"])
+    train([*settings, "--max-steps", "1000", "--global-batch-size", "64", "--lr", "1e-3", "--log-every", "300"])
     pipe, classifier = Pipeline.load(tmp_path / "run"), load_classifier("digits", (8, 8))
     labels = torch.arange(200) % 10
     for height, width in sizes:
