@@ -104,6 +104,11 @@ def test_previews_come_in_three_shapes(archive, tmp_path):
     assert names == ["0000001-4x8.png", "0000001-8x4.png", "0000001.png"]
 
 
+def test_any_model_trains_with_rotary_positions(archive, tmp_path):
+    train(flags(archive, tmp_path / "run", "--model", "PPF-T-2", "--position", "rope", "--max-steps", 1))
+    assert Pipeline.load(tmp_path / "run").model.position == "rope"
+
+
 def test_latents_of_many_sizes_train(archive, tmp_path):
     vae = save_kl(tmp_path / "vae")
     common = ["--data-path", archive, "--vae", vae, "--out", tmp_path / "latents", "--num-workers", 0]
