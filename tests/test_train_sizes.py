@@ -155,7 +155,21 @@ def test_digits_of_three_shapes_are_drawn_at_each(tmp_path):
     sizes = [(8, 8), (8, 6), (6, 8)]
     archive = digits_of(tmp_path / "digits.zip", sizes, len(Digits()))
     settings = flags(archive, tmp_path / "run", "--patch-sizes", 2, "--size-multiple", 2, "--crop-probability", 0)
-    train([*settings, "--max-steps", "1000", "--global-batch-size", "64", "--lr", "1e-3", "--log-every", "300"])
+    train(
+        [
+            *settings,
+            "--ckpt-every",
+            "1000",
+            "--max-steps",
+            "1000",
+            "--global-batch-size",
+            "64",
+            "--lr",
+            "1e-3",
+            "--log-every",
+            "300",
+        ]
+    )
     pipe, classifier = Pipeline.load(tmp_path / "run"), load_classifier("digits", (8, 8))
     labels = torch.arange(200) % 10
     for height, width in sizes:
