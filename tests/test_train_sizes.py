@@ -8,17 +8,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import start_script
 from PIL import Image
 from small_autoencoders import save_kl
 
 from data.datasets import Digits
 from extract_latents import extract
-from metrics.classifiers import train_classifier
 from pipeline import Pipeline
 from train import train
-from transport import ODE, Guidance
+from transport import ODE
 
 SIZES = [(8, 8), (8, 4), (4, 8)]
 
@@ -144,34 +142,3 @@ def test_flags_about_sizes_without_sizes_are_refused(archive, tmp_path, refuses)
     common = [flag for flag in flags(archive, tmp_path / "run") if flag not in ("--max-tokens", "16")]
     assert "give --max-tokens" in refuses(train, *common, "--crop-probability", 0.5)
     assert "give --max-tokens" in refuses(train, *common, "--size-multiple", 4)
-
-
-# -- Quality -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_digits_of_three_shapes_are_drawn_at_each(tmp_path):
-    """One network trained on 8x8, 8x6 and 6x8 crops; its classifier sees such crops on a black ground of 8x8."""
-    sizes = [(8, 8), (8, 6), (6, 8)]
-    archive = digits_of(tmp_path / "digits.zip", sizes, len(Digits()))
-    settings = flags(archive, tmp_path / "run", "--patch-sizes", 2, "--size-multiple", 2, "--crop-probability", 0)
-    settings += ["--max-steps", "1400", "--global-batch-size", "128", "--lr", "1e-3", "--warmup-steps", "50"]
-    train([*settings, "--ema-decay", "0.995", "--log-every", "200", "--ckpt-every", "1400"])
-
-    def on_black(images: torch.Tensor) -> torch.Tensor:
-        """Bytes (N, 3, 8, 8) of images (N, 1, h, w) in [-1, 1]."""
-        height, width = images.shape[2:]
-        ground = torch.full((len(images), 1, 8, 8), -1.0)
-        top, left = (8 - height) // 2, (8 - width) // 2
-        ground[:, :, top : top + height, left : left + width] = images.clamp(-1, 1)
-        return ((ground + 1) * 127.5).round().byte().repeat(1, 3, 1, 1)
-
-    digits = Digits()
-    crops = [digits.images[:, :, (8 - h) // 2 : (8 + h) // 2, (8 - w) // 2 : (8 + w) // 2] for h, w in sizes]
-    shown = torch.cat([on_black(crop) for crop in crops]).permute(0, 2, 3, 1).numpy()
-    classifier = train_classifier("digits", shown.__getitem__, digits.labels.repeat(3).numpy(), 20, mirror=False)
-    pipe, labels = Pipeline.load(tmp_path / "run"), torch.arange(200) % 10
-    for size in sizes:
-        images = pipe.images(labels, ODE(num_steps=20), Guidance(1.5), size=size).mean(1, keepdim=True)
-        right = (classifier(on_black(images)).probabilities.argmax(1) == labels).double().mean()
-        assert right > 0.9, (size, right)
