@@ -89,7 +89,7 @@ def test_the_lowest_frequency_of_ntk_is_that_of_linear():
 
 
 def test_yarn_keeps_what_fits_code_keeps():
-    """Of the pairs of 16 tokens in training: nearly none, so yarn is nearly linear."""
+    """With 16 tokens in training yarn keeps nearly no pair, so it is nearly linear."""
     for head_dim, kept in ((72, (1, 1 / 2, 0)), (64, (1, 1 / 2, 0)), (96, (1, 2 / 3, 1 / 3, 0))):
         normal, yarn = (rope_frequencies(head_dim, 32, 16, kind, 10_000.0)[: len(kept)] for kind in ("normal", "yarn"))
         expected = [share + (1 - share) / 2 for share in kept]

@@ -1,4 +1,4 @@
-"""What a network predicts at each level, and each of these quantities as a combination of data and noise."""
+"""The prediction of a network at each level, and each predicted quantity as a combination of data and noise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LinearRow(NamedTuple):
     scale: torch.Tensor
 
     def determinant(self, c: Coefficients) -> torch.Tensor:
-        """Of the system of this row and the path's; up to its sign the n of transport/weights.py."""
+        """The determinant of this row and the path's as a system; up to its sign the n of transport/weights.py."""
         return c.alpha * self.b - c.sigma * self.a
 
 
