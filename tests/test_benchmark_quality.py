@@ -129,7 +129,7 @@ def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypa
         assert f"| {name} | 1 | 2 |" in first
         assert (f"| {name} | 1 | 1,2 |" in first) == (name != "sit")
     assert (folder / "8x8" / "quality.png").exists()
-    assert np.asarray(Image.open(folder / "8x8" / "ppf2-0-guidance-1-2.png")).ndim == 3
+    assert np.asarray(Image.open(folder / "8x8" / "ppf2-equal-cost-0-guidance-1-2.png")).ndim == 3
     monkeypatch.setattr(recipes, "loss_of_step", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(quality, "draw", lambda *args: pytest.fail("sampled again"))
     assert run(*flags) == first
