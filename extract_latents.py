@@ -68,7 +68,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image-size", type=positive_int, help="(default: 256 for folders, archives their own)")
     tokens = "keep aspect ratios: the size of each image is the best of at most N tokens (of 2x2 latents)"
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help=tokens)
-    multiple = "pixels that divide the sides then (default: 32, which patches of 4x4 latents need)"
+    multiple = "pixels that divide the sides then, as the patches must (default: those of 4x4 latents)"
     parser.add_argument("--size-multiple", type=positive_int, metavar="P", help=multiple)
     parser.add_argument("--dtype", choices=list(STORAGE), default="fp16", help="of the stored latents")
     precision = "of the encoder (default: tf32 on CUDA, else fp32)"
@@ -253,7 +253,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[ImageDatase
     if not isinstance(autoencoder, LatentSpace):
         raise ValueError("--vae none encodes nothing: train.py --vae none reads the images themselves")
     if args.max_tokens is not None:
-        dataset.take_sizes(SizeRule(args.max_tokens, args.size_multiple or 32, 2 * autoencoder.factor))
+        multiple = args.size_multiple or 4 * autoencoder.factor
+        dataset.take_sizes(SizeRule(args.max_tokens, multiple, 2 * autoencoder.factor))
+        autoencoder.latent_shape((3, multiple, multiple))
     autoencoder.latent_shape(dataset.image_shape)
     return dataset, autoencoder
 

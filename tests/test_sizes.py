@@ -196,6 +196,7 @@ def test_flags_that_contradict_each_other_are_refused(pictures, vae, tmp_path, r
     common = ["--data-path", pictures, "--vae", vae, "--out", tmp_path / "out"]
     assert "--max-tokens" in refuses(extract, *common, "--size-multiple", 16)
     assert "leave --image-size out" in refuses(extract, *common, "--max-tokens", 16, "--image-size", 16)
+    assert "does not divide" in refuses(extract, *common, "--max-tokens", 64, "--size-multiple", 3)
     assert not (tmp_path / "out").exists()
 
 
