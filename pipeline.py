@@ -32,6 +32,7 @@ from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
 from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
 from transport.solvers import check_ode_method
+from transport.wrappers import EvaluationCounter, FinestLevel, Wrapper, Zero
 from weights.pretrained import load_pretrained
 
 DEFAULT_ODE = ODE()
@@ -405,7 +406,7 @@ class Pipeline:
         """
         if isinstance(solver, ODE):
             check_ode_method(solver.method, noise_to_data=not (likelihood or reverse))
-        zero = self._with_model(_Zero(self.model))
+        zero = self._with_model(Zero(self.model))
         counter = EvaluationCounter(zero.model)
         try:
             x1 = self._with_model(counter).latents([0], solver, guidance)
@@ -427,7 +428,7 @@ class Pipeline:
         """
         if len(self.model.networks) > 1:
             raise ValueError(f"no level of {self.source} serves all times, as its experts share them")
-        other = self._with_model(_FinestLevel(self.model))
+        other = self._with_model(FinestLevel(self.model))
         other.transport = self.transport.finest_only()
         return other
 
@@ -435,7 +436,7 @@ class Pipeline:
         """The same with an EvaluationCounter for a network."""
         return self._with_model(EvaluationCounter(self.model, progress))
 
-    def _with_model(self, model: nn.Module | _Wrapper) -> Pipeline:
+    def _with_model(self, model: nn.Module | Wrapper) -> Pipeline:
         other = copy.copy(self)
         other.model = model
         return other
@@ -447,68 +448,3 @@ def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: 
         if value is not None and name in actual and value != actual[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}, but {source} was trained with {actual[name]}: leave {flag} out")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Networks around a network
-
-
-class _Wrapper:
-    """A network around another one, of which it shows what it has no own version of."""
-
-    SHOWN = (
-        *("networks", "num_levels", "num_classes", "in_channels", "input_size", "input_size_of", "parameters", "macs"),
-    )
-
-    def __init__(self, model: Network) -> None:
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self.SHOWN:
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-
-class EvaluationCounter(_Wrapper):
-    """A network that counts its evaluations, level by level, and moves a progress bar.
-
-    Args:
-        model:    the network
-        progress: updated by one for each call
-    """
-
-    def __init__(self, model: Network, progress: tqdm | None = None) -> None:
-        super().__init__(model)
-        self.progress = progress
-        self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two
-        self.size: tuple[int, ...] | None = None  # (h, w) of the samples
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        self.rows[level] += len(x)
-        self.size = tuple(x.shape[2:])
-        if self.progress is not None:
-            self.progress.update(1)
-        return self.model(x, t, y=y, level=level)
-
-    def nfe(self, num_samples: int) -> float:
-        """Network evaluations per sample."""
-        return sum(self.rows) / num_samples
-
-    def gmacs(self, num_samples: int) -> float:
-        """Billions of multiply-accumulates per sample, for samples of one size."""
-        return sum(rows * self.model.macs(level, self.size) for level, rows in enumerate(self.rows)) / num_samples / 1e9
-
-
-class _FinestLevel(_Wrapper):
-    num_levels = 1
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        return self.model(x, t, y=y, level=self.model.num_levels - 1)
-
-    def macs(self, level: int, size: tuple[int, int] | None = None) -> int:
-        return self.model.macs(self.model.num_levels - 1, size)
-
-
-class _Zero(_Wrapper):
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        return 0 * x  # which has a gradient

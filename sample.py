@@ -227,9 +227,10 @@ def round_trip(args: argparse.Namespace, pipe: Pipeline, solver: ODE, guidance: 
 def open_data(path: str, pipe: Pipeline) -> AnyDataset:
     """The dataset of --data-path, if it fits the network (ValueError otherwise)."""
     model, autoencoder = pipe.model, pipe.autoencoder
-    dataset = open_dataset(path, None if path == "digits" else pipe.image_size[0], autoencoder)
-    if dataset.sizes is not None:
-        raise ValueError(f"{path} holds latents of many sizes: give images, whose squares are measured")
+    height, width = pipe.image_size
+    if height != width and path != "digits":
+        raise ValueError(f"images are cropped to squares here, not to {height}x{width}: give --image-size {height}")
+    dataset = open_dataset(path, None if path == "digits" else height, autoencoder)
     shape = autoencoder.latent_shape(dataset.image_shape) if dataset.kind == "images" else dataset.image_shape
     if shape != (model.in_channels, *model.input_size):
         raise ValueError(f"{path} gives {shape} inputs, the network wants {(model.in_channels, *model.input_size)}")

@@ -130,6 +130,8 @@ def build(
         "num_classes": num_classes,
         "level_edges": cli.patch_edges(args),
         "precision": args.precision or speed.default_precision(processes.device, training=True),
+        "size_multiple": dataset.sizes and dataset.sizes.multiple,
+        "crop_probability": dataset.sizes and dataset.sizes.crop_probability,
         **{name: run.full_path(getattr(args, name)) for name in run.PATHS},
     }
     identity = dataset.identity()

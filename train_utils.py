@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -360,6 +361,9 @@ def check_numbers(args: argparse.Namespace, world_size: int) -> None:
             f"--patch-level {args.patch_level}, but {args.model} has {num_levels} level(s): leave it out, or "
             f"choose another --model (those of two levels end in -2, those of three in -3)"
         )
+    areas = [math.prod(size) for size in args.patch_sizes or ()]
+    if any(before < after for before, after in pairwise(areas)):
+        raise ValueError("--patch-sizes go from the coarsest to the finest: give the largest first")
     passes = world_size * args.gradient_accumulation_steps
     if args.global_batch_size % passes:
         raise ValueError(
@@ -528,7 +532,13 @@ def process_from(args: argparse.Namespace) -> tuple[dict[str, Any], list[ExpertP
         ValueError: if the edges of levels and experts do not fit together, or there is no such --expert.
     """
     edges = args.expert_edges or [PATHS[args.path_type].time_of_snr(snr) for snr in args.expert_snr or ()]
-    parts = expert_parts(patch_edges(args), edges)
+    try:
+        parts = expert_parts(patch_edges(args), edges)
+    except ValueError as error:
+        if not args.expert_snr:
+            raise
+        ratios, times = (" ".join(f"{value:g}" for value in values) for values in (args.expert_snr, edges))
+        raise ValueError(f"--expert-snr {ratios} is t = {times} on the {args.path_type} path: {error}") from error
     interval = None
     if args.expert is not None:
         if not edges:

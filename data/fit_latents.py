@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data.autoencoder import SHORT_NAMES, Scaling
 from data.latent_files import (
+    MAX_CLASSES,
     STORAGE,
     Shard,
     digest,
@@ -80,14 +81,26 @@ class Stored(NamedTuple):
     size: tuple[int, int]
 
 
-def describe(number: int, file: Path) -> Stored:
-    """Look at an image's file without reading its latents (ValueError if it is damaged)."""
+def describe(number: int, file: Path, tokens: int) -> Stored:
+    """Look at an image's file without reading its latents.
+
+    Args:
+        tokens: N of the set
+
+    Raises:
+        ValueError: if the file is damaged, or does not belong into the set.
+    """
     try:
         with safe_open(file, "pt") as tensors:
             _, rows, columns, _ = tensors.get_slice("feature").get_shape()
-            return Stored(number, file, int(tensors.get_tensor("label")), (rows, columns))
+            label = int(tensors.get_tensor("label"))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read FiT's latents {file}: {error}") from error
+    if not 0 <= label < MAX_CLASSES:
+        raise ValueError(f"{file} has the label {label}: labels count from 0 and are below {MAX_CLASSES:,}")
+    if not 0 < rows * columns <= tokens:
+        raise ValueError(f"{file} has {rows}x{columns} tokens, in a set of images of at most {tokens}")
+    return Stored(number, file, label, (rows, columns))
 
 
 def parts_of_set(path: Path, tokens: int, shard_size: int) -> Iterator[tuple[bool, list[Stored]]]:
@@ -104,7 +117,7 @@ def parts_of_set(path: Path, tokens: int, shard_size: int) -> Iterator[tuple[boo
     for square, files in ((False, whole), (True, squares)):
         groups: dict[tuple[int, int], list[Stored]] = {}
         for file in tqdm(files, desc="sizes", unit="file", mininterval=1):
-            image = describe(numbers[file.name], file)
+            image = describe(numbers[file.name], file, tokens)
             groups.setdefault(image.size, []).append(image)
         for _, members in sorted(groups.items()):
             for first in range(0, len(members), shard_size):
@@ -128,6 +141,8 @@ def convert_set(source: str | Path, out: str | Path, dtype: str, shard_size: int
         OSError:    if a file cannot be written.
     """
     source, out = Path(source), Path(out)
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} is in the set itself: give a folder elsewhere")
     tokens = tokens_of_set(source)
     rule = SizeRule(tokens, multiple=PATCH * FACTOR, token=PATCH * FACTOR)
     parts = list(parts_of_set(source, tokens, shard_size))
@@ -136,7 +151,7 @@ def convert_set(source: str | Path, out: str | Path, dtype: str, shard_size: int
     classes = 1 + max(image.label for _, images in parts for image in images)
     metadata = latent_metadata(SHORT_NAMES["ema"], SCALING, FACTOR, rule.square, classes, len(parts), rule)
     names = [f"{image.file.parent.name}/{image.file.name} {image.label}\n" for _, images in parts for image in images]
-    metadata["source"] = digest("".join(names).encode())
+    metadata |= {"source": digest("".join(names).encode()), "dtype": dtype, "shard_size": str(shard_size)}
     for file in shard_files(out):
         if settings_of(Shard.read(file)) != metadata:
             raise ValueError(f"{out} holds latent files of other data or settings: give another folder")

@@ -121,6 +121,8 @@ class LatentShards(Dataset):
         self._labels_digest = digest(labels)
         if space is not None:  # it may have moved, or decode the same latents, as mse decodes ema's
             self.vae, self.image_size = space.name, space.factor * self.image_shape[-1]
+        if image_size is not None and self.sizes is not None:
+            raise ValueError(f"{path} holds latents of many sizes, not of one: give images, or leave --image-size out")
         if image_size is not None and self.image_size not in (None, image_size):
             raise ValueError(
                 f"{path} holds latents of {self.image_size}x{self.image_size} images: "
@@ -283,8 +285,13 @@ def _read_versions(shards: Sequence[Shard]) -> np.ndarray:
         ValueError: if images are there twice, or as squares alone.
     """
     start, numbers = 0, []
+    images = sum(shard.rows + len(json.loads(shard.metadata.get("skipped", "[]"))) for shard in shards)  # at most
     for shard in shards:
         found = np.fromfile(shard.path, np.int64, shard.rows, offset=shard.begins["index"])
+        if ((found < 0) | (found >= images)).any():
+            raise ValueError(
+                f"the latent file {shard.path} is damaged: it numbers an image beyond the {images} there are"
+            )
         numbers.append((found, start + np.arange(shard.rows), shard.metadata.get("square") == "1"))
         start += shard.rows
     versions = np.full((2, 1 + max((int(found.max(initial=0)) for found, _, _ in numbers), default=0)), -1, np.int64)

@@ -418,6 +418,7 @@ def test_files_of_experts_are_the_file_of_all_bit_for_bit(joint_run: Path, tmp_p
         process = {**config["transport"], "level_edges": [], "interval": list(interval)}
         files.append(convert_saved(expert, tmp_path / f"{number}.pt", **process))
     parts = Pipeline.load(list(reversed(files)))  # in any order
+    assert parts.name == joint.name == "PPF-T-2"  # --model of the run, as sample.py checks it
     assert parts.model.config == joint.model.config
     assert same_weights(parts.model.state_dict(), joint.model.state_dict())
     assert parts.transport.schedule == joint.transport.schedule
@@ -539,8 +540,14 @@ def test_the_card_of_experts_has_code_that_runs(tmp_path: Path) -> None:
         ("--expert 0", "give --expert-edges or --expert-snr"),
         ("--expert-edges 0.3 --expert 0 --sample-every 5", "takes all experts: leave it out"),
         ("--expert-edges 0.3 --expert 0 --eval-every 5 --eval-ref digits", "takes all experts: leave it out"),
-        ("--expert-edges 0.0001 --expert 0 --prediction noise", "leaves nothing of the expert's interval"),
+        ("--expert-edges 0.001 --expert 0 --prediction noise", "leaves nothing of the expert's interval"),
         ("--path-type VP --expert-snr 1e-9", "expert edges must ascend"),
+        ("--expert-snr 0.25 0.1", "--expert-snr 0.25 0.1 is t = 0.333333 0.240253 on the Linear path"),
+        ("--expert-snr 1e-30", "has next to nothing to learn"),
+        (
+            "--expert-edges 0.3 --expert 0 --time-sampling logit-normal --time-params 4 0.1",
+            "logit-normal times fall into [0, 0.3] with probability",
+        ),
     ],
 )
 def test_training_refuses_experts_that_cannot_be(flags: str, message: str, tmp_path: Path, refuses) -> None:

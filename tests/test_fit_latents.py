@@ -90,6 +90,16 @@ def test_bad_sets_are_refused(published, tmp_path, refuses):
     convert(source, tmp_path / "out")
     (source / "from_16_to_256" / "a.safetensors").unlink()
     assert "give another folder" in refuses(extract, "convert", source, tmp_path / "out")
+    assert "give another folder" in refuses(extract, "convert", source, tmp_path / "out", "--dtype", "bf16")
+    assert "in the set itself" in refuses(extract, "convert", source, source / "out")
+    for name, label, latents, words in (
+        ("a", -1, square["b"][:, :, :4, :4], "has the label -1"),
+        ("a", 0, torch.zeros(2, 4, 40, 40), "has 20x20 tokens, in a set of images of at most 256"),
+    ):
+        file = source / "from_16_to_256" / f"{name}.safetensors"
+        save_file({"feature": features(latents), "label": torch.tensor(label)}, file)
+        assert words in refuses(extract, "convert", source, tmp_path / "other")
+        file.unlink()
     lone = source / "greater_than_256_crop" / "z.safetensors"
     save_file({"feature": features(square["b"]), "label": torch.tensor(1)}, lone)
     assert "that is not there" in refuses(extract, "convert", source, tmp_path / "other")

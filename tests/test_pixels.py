@@ -176,6 +176,7 @@ def test_its_weights_make_the_same_samples_wherever_they_are_saved(run: Path, tm
         ("--patch-sizes 4x2x1 2", "4x2x1 is no patch: give its side, or HxW as 4x8"),
         ("--patch-sizes 0 2", "0 is no patch"),
         ("--patch-sizes 4 2 1", "3 level(s)"),
+        ("--patch-sizes 2 4", "give the largest first"),
         ("--bottleneck 4", "a bottleneck of 4 is none between the 4 values of a 2x2 patch"),
         ("--prediction data velocity noise", "3 predictions for 2 level(s)"),
         ("--prediction data speed", "invalid choice: 'speed'"),

@@ -188,6 +188,8 @@ def test_rules_that_the_data_do_not_allow_are_refused(pictures, vae, tmp_path):
     with pytest.raises(ValueError, match="of one size"):
         open_dataset(str(tmp_path / "squares")).take_sizes(SizeRule(16))
     extract([*common, "--out", str(tmp_path / "many"), "--max-tokens", "16", "--size-multiple", "8"])
+    with pytest.raises(ValueError, match="latents of many sizes, not of one"):
+        open_dataset(str(tmp_path / "many"), 16)
     with pytest.raises(ValueError, match="--max-tokens 16: leave it out"):
         open_dataset(str(tmp_path / "many")).take_sizes(SizeRule(64, 8, 8))
 
@@ -210,5 +212,9 @@ def test_files_that_hold_an_image_twice_are_refused(pictures, vae, tmp_path):
     tensors["index"] = torch.full_like(tensors["index"], int(load_file(shard_files(tmp_path)[1])["index"][0]))
     save_file(tensors, file, metadata)
     with pytest.raises(ValueError, match="not those of one set"):
+        open_dataset(str(tmp_path))
+    tensors["index"][0] = 2**60
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match="numbers an image beyond the"):
         open_dataset(str(tmp_path))
     assert json.loads(metadata["skipped"]) == []

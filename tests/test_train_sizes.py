@@ -12,6 +12,7 @@ from conftest import start_script
 from PIL import Image
 from small_autoencoders import save_kl
 
+import sample
 from data.datasets import Digits
 from extract_latents import extract
 from pipeline import Pipeline
@@ -63,7 +64,7 @@ def run(archive, tmp_path_factory) -> Path:
 
 def test_a_continued_run_is_the_run_that_never_stopped(archive, run, tmp_path):
     train(flags(archive, tmp_path / "run", "--max-steps", 2))
-    train(flags(archive, tmp_path / "run", "--max-steps", 4))
+    train(flags(archive, tmp_path / "run", "--max-steps", 4, "--crop-probability", 0.5))  # which is the default
     assert losses(tmp_path / "run") == losses(run)
 
 
@@ -96,6 +97,11 @@ def test_a_run_says_how_many_tokens_it_saw_and_remembers_the_largest_size(run):
     assert pipe.images([1, 2], ODE("euler", num_steps=2), size=(4, 8)).shape == (2, 3, 4, 8)
 
 
+def test_likelihood_of_images_is_that_of_squares(archive, run, refuses):
+    measured = ["ODE", "--ckpt", run, "--likelihood", "--data-path", archive]
+    assert "not to 4x8: give --image-size 4" in refuses(sample.main, *measured, "--image-size", 4, 8)
+
+
 def test_previews_come_in_three_shapes(archive, tmp_path):
     train(flags(archive, tmp_path / "run", "--max-steps", 1, "--sample-every", 1))
     names = sorted(file.name for file in (tmp_path / "run" / "samples").iterdir())
@@ -107,7 +113,7 @@ def test_any_model_trains_with_rotary_positions(archive, tmp_path):
     assert Pipeline.load(tmp_path / "run").model.position == "rope"
 
 
-def test_latents_of_many_sizes_train(archive, tmp_path):
+def test_latents_of_many_sizes_train(archive, tmp_path, refuses):
     vae = save_kl(tmp_path / "vae")
     common = ["--data-path", archive, "--vae", vae, "--out", tmp_path / "latents", "--num-workers", 0]
     extract([str(flag) for flag in (*common, "--max-tokens", 4, "--size-multiple", 4, "--dtype", "fp32")])
@@ -116,6 +122,8 @@ def test_latents_of_many_sizes_train(archive, tmp_path):
     more = [flag for flag in settings if flag not in ("--max-tokens", "16", "--model", "PPFiT-T-2")]
     train([str(flag) for flag in (*stored, *more, "--crop-probability", 0)])
     assert len(losses(tmp_path / "run")) == 4
+    measured = ["ODE", "--ckpt", tmp_path / "run", "--likelihood", "--data-path"]
+    assert "latents of many sizes" in refuses(sample.main, *measured, tmp_path / "latents")
 
 
 # -- Bad input -----------------------------------------------------------------------------------------------------

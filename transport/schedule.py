@@ -139,9 +139,15 @@ def expert_parts(level_edges: Sequence[float], expert_edges: Sequence[float]) ->
         expert_edges: interior times at which the expert changes; () is one network for all times
 
     Raises:
-        ValueError: if edges do not ascend between 0 and 1, or an expert has a patch size for nearly no time.
+        ValueError: if edges do not ascend between 0 and 1, or an expert, or a patch size of it, has nearly no time.
     """
     level_edges, expert_edges = _ascending(level_edges, "level edges"), _ascending(expert_edges, "expert edges")
+    for start, stop in pairwise((0.0, *expert_edges, 1.0)):
+        if stop - start < SHORTEST_LEVEL:
+            raise ValueError(
+                f"an expert for t in [{start:g}, {stop:g}] has next to nothing to learn: leave {SHORTEST_LEVEL:g} "
+                "between expert edges, 0 and 1"
+            )
     for edge, other in product(expert_edges, level_edges):
         if 0 < abs(edge - other) < SHORTEST_LEVEL:
             raise ValueError(

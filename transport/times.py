@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -84,6 +85,12 @@ def times_of(u: torch.Tensor, density: Density, path: Path, interval: tuple[floa
     return t.clamp(*interval).to(torch.get_default_dtype())
 
 
+def mass(density: Density, path: Path, interval: tuple[float, float]) -> float:
+    """Probability of the density, which is that of all of [0, 1], to fall into the interval."""
+    low, high = density.cdf(path.share_at(torch.tensor(interval, dtype=torch.float64, device="cpu")))
+    return (high - low).item()
+
+
 def probabilities(
     edges: Sequence[float], density: Density | None, path: Path, interval: tuple[float, float]
 ) -> list[float]:
@@ -91,3 +98,12 @@ def probabilities(
     cuts = torch.tensor(edges, dtype=torch.float64).clamp(*interval)
     masses = cuts if density is None else density.cdf(path.share_at(cuts))
     return (masses.diff() / (masses[-1] - masses[0])).tolist()
+
+
+@lru_cache
+def spread_order(n: int) -> tuple[int, ...]:
+    """A permutation of 0..n-1 whose contiguous slices each spread over the whole range (van der Corput)."""
+    bits = max(1, (n - 1).bit_length())
+    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)]
+    rank = {value: position for position, value in enumerate(sorted(reversed_bits))}
+    return tuple(rank[value] for value in reversed_bits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 
@@ -14,11 +13,13 @@ from transport.paths import PATHS, Path, like
 from transport.predictions import PREDICTIONS, predictions_of, target_row
 from transport.samples import Samples, kind_of, split_by_shape, take
 from transport.schedule import PatchSchedule
-from transport.times import Density, density_of, probabilities, times_of
+from transport.times import Density, density_of, mass, probabilities, spread_order, times_of
 from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
 Model = Callable[..., torch.Tensor]
+
+LEAST_MASS = 1e-9  # of a density on the training interval: below it float64 tells too few times apart
 
 
 class Transport:
@@ -190,7 +191,7 @@ class Transport:
         level.
         """
         device = generator.device if generator is not None else None
-        order = torch.tensor(_spread_order(num_samples), device=device)
+        order = torch.tensor(spread_order(num_samples), device=device)
         shift = torch.randint(num_samples, (1,), generator=generator, device=device)
         jitter = torch.rand(num_samples, generator=generator, device=device)
         start, stop = self.train_interval
@@ -330,15 +331,6 @@ class Transport:
             )
 
 
-@lru_cache
-def _spread_order(n: int) -> tuple[int, ...]:
-    """A permutation of 0..n-1 whose contiguous slices each spread over the whole range (van der Corput)."""
-    bits = max(1, (n - 1).bit_length())
-    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)]
-    rank = {value: position for position, value in enumerate(sorted(reversed_bits))}
-    return tuple(rank[value] for value in reversed_bits)
-
-
 def create_transport(
     path_type: str = "Linear",
     prediction: str | Sequence[str] = "velocity",
@@ -414,6 +406,11 @@ def create_transport(
     start, stop = transport.train_interval
     if not start < stop:
         raise ValueError(f"train_eps {transport.train_eps:g} leaves nothing of the expert's interval {list(interval)}")
+    if density is not None and (share := mass(density, transport.path, transport.train_interval)) < LEAST_MASS:
+        raise ValueError(
+            f"{time_sampling} times fall into [{start:g}, {stop:g}] with probability {share:.1g}, and nothing else is "
+            "trained: give other time_params"
+        )
     if density is not None:
         low, high = times_of(torch.tensor([0.05, 0.95]), density, transport.path, transport.train_interval).tolist()
         if low == high:

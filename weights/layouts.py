@@ -219,11 +219,11 @@ def export_state_dict(model: Network, layout: str) -> Weights:
     fits = {"sit": len(patches) == 1, "ppflow": len(patches) in (2, 3)}
     if model.position != "sincos" or model.mlp != "gelu" or model.qk_norm or model.adaln_rank is not None:
         raise ValueError(f"the {layout} layout has no model with rotary positions, or with parts of FiT's block")
+    if model.bottleneck is not None:
+        raise ValueError(f"the {layout} layout has no patch embedding with a bottleneck: take our own")
     if not fits[layout] or patches != tuple((a * fy, b * fx) for fy, fx in FACTORS[len(patches)]):
         sizes = ", ".join(f"{p}x{q}" for p, q in patches)
         raise ValueError(f"the {layout} layout has no model with {sizes} patches")
-    if model.bottleneck is not None:
-        raise ValueError(f"the {layout} layout has no patch embedding with a bottleneck: take our own")
     own = ("x_embedder.", "final_layer.linear.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     names = zip(SUFFIXES[len(patches)], FACTORS[len(patches)], patches, _position_names(len(patches)), strict=True)

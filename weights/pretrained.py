@@ -51,7 +51,7 @@ class TrainedWeights(NamedTuple):
     model: Network
     transport: dict[str, Any]  # arguments of create_transport
     vae: str  # "none" for pixels, or a diffusers id or path
-    name: str  # in the registry if it has a model of these sizes, else a description
+    name: str  # in the registry if it has a model of these sizes, else a description; of experts --model of their run
     step: int  # of training; 0 if unknown
     scaling: dict[str, Any] | None = None  # of the latents, if it is not the autoencoder's own
     stated: frozenset[str] = frozenset()  # keys of `transport` that the file gives, or all for published weights
@@ -117,7 +117,10 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
     transport = {key: described.get(key, default) for key, default in default_transport(model).items()}
     vae = vae or (SHORT_NAMES["ema"] if model.in_channels == 4 else "none")  # four channels are Stable Diffusion's
     stated = frozenset(transport if published else transport.keys() & described.keys())
-    return TrainedWeights(model.eval(), transport, vae, _name(model), step, scaling, stated)
+    name = _name(model)
+    if len(model.networks) > 1 or transport["interval"] is not None:
+        name = checkpoint["config"].get("model_name", name)  # experts have a part of its patch sizes each
+    return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated)
 
 
 def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
@@ -168,7 +171,7 @@ def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
     return first._replace(
         model=model.eval(),
         transport={**first.transport, "prediction": prediction, "level_edges": edges[1:], "interval": None},
-        name=_name(model),
+        name="+".join(dict.fromkeys(part.name for _, part in parts)),
         step=min(part.step for _, part in parts),
         stated=frozenset.intersection(*(part.stated for _, part in parts)),
     )
@@ -193,7 +196,10 @@ def initialize_from(model: Network, name_or_path: str | Path, interval: tuple[fl
     source = load_pretrained(name_or_path).model
     networks, origins = list(model.networks.values()), list(source.networks.values())
     if len(origins) > 1 and len(networks) == 1 and interval is None:
-        raise ValueError(f"{name_or_path} holds {len(origins)} experts, which do not become one network")
+        raise ValueError(
+            f"{name_or_path} holds {len(origins)} experts, which do not become one network: "
+            "give --expert-edges as well, or the file of one expert"
+        )
     start, stop = interval or (0.0, 1.0)
     lines: dict[str, None] = {}
     for network, (low, high) in zip(networks, pairwise((start, *edges_of(model), stop)), strict=True):
@@ -276,6 +282,7 @@ def convert(
     if out.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{out} ends neither in .pt nor in .safetensors")
     pretrained = load_pretrained(source, weights, **overrides)
+    named = str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
     content: dict[str, Any]
     metadata = {"format": "pt"}  # safetensors' readers expect it
     if layout == "ours":
@@ -293,16 +300,18 @@ def convert(
         metadata |= {"config": json.dumps(config), "step": str(pretrained.step)}
     else:
         if pretrained.transport["interval"] is not None:
-            raise ValueError(f"{source} is an expert for a part of time, which the layout of {layout} does not tell")
+            raise ValueError(
+                f"{named} is an expert for a part of time, which the layout of {layout} does not tell: take our own"
+            )
         if pretrained.transport["aug_dim"] is not None:
             raise ValueError(
-                f"{source} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
+                f"{named} was trained with D = {pretrained.transport['aug_dim']:g} of PFGM++, which the layout of "
                 f"{layout} does not tell: take our own"
             )
         prediction = create_transport(**pretrained.transport, check_ends=False).prediction
         if " " in prediction:
             raise ValueError(
-                f"{source} has levels that predict {prediction}, where programs of the {layout} layout know one "
+                f"{named} has levels that predict {prediction}, where programs of the {layout} layout know one "
                 "prediction: take our own"
             )
         content = state = export_state_dict(pretrained.model, layout)
