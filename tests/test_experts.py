@@ -418,7 +418,7 @@ def test_files_of_experts_are_the_file_of_all_bit_for_bit(joint_run: Path, tmp_p
         process = {**config["transport"], "level_edges": [], "interval": list(interval)}
         files.append(convert_saved(expert, tmp_path / f"{number}.pt", **process))
     parts = Pipeline.load(list(reversed(files)))  # in any order
-    assert parts.name == joint.name == "PPF-T-2"  # --model of the run, as sample.py checks it
+    assert (joint.name, parts.name) == ("SiT-T/2", "x")  # --model of the run, and what the files call it
     assert parts.model.config == joint.model.config
     assert same_weights(parts.model.state_dict(), joint.model.state_dict())
     assert parts.transport.schedule == joint.transport.schedule
