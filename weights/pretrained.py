@@ -87,7 +87,7 @@ def load_pretrained(
 
 def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, **overrides: Any) -> TrainedWeights:
     path = _locate(name_or_path, cache_dir)
-    published = None if _exists(name_or_path) else PUBLISHED[published_name(str(name_or_path))]
+    published = PUBLISHED[published_name(str(name_or_path))] if is_published(name_or_path) else None
     overrides = {**published.fields, **overrides} if published else overrides
     checkpoint = read_file(path)
     state, source = choose_weights(checkpoint, weights, path), str(path)
@@ -239,6 +239,11 @@ def _name(model: Network) -> str:
 def _describe(model: PyramidalPatchDiT) -> str:
     patches = "+".join(f"{p}x{q}" for p, q in model.patch_sizes)
     return f"PyramidalPatchDiT {patches}, {model.depth} blocks, {model.hidden_size} wide"
+
+
+def is_published(source: str | Path | Sequence[str | Path]) -> bool:
+    """True for what load_pretrained would take for a name of published weights."""
+    return isinstance(source, (str, Path)) and not _exists(source)
 
 
 def _exists(name_or_path: str | Path) -> bool:

@@ -13,8 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from data.autoencoder import LatentSpace, PixelSpace
 from experts import Network
-from transport.guidance import Guidance
-from transport.solvers import ODE
 from transport.transport import Transport
 from weights.diffusers.pipeline import PPFlowPipeline
 from weights.diffusers.pyramid_scheduler import PyramidScheduler
@@ -42,6 +40,35 @@ def pipeline_of(
     )
 
 
+def class_names(labels: str, num_classes: int) -> dict[int, str]:
+    """Names of the classes by their ids.
+
+    Args:
+        labels: a text file with one name a line, or "imagenet" for its 1000 classes in the order of their folders
+
+    Raises:
+        ValueError: if there are not so many, or the file is no text.
+        OSError:    if it cannot be read.
+    """
+    if labels == "imagenet":
+        from torchvision.models import ResNet50_Weights  # which has their names
+
+        names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    else:
+        names = [line.strip() for line in Path(labels).read_text(encoding="utf-8").splitlines()]
+    if len(names) != num_classes:
+        raise ValueError(f"{labels} has {len(names)} names for {num_classes} classes: give one for each")
+    return dict(enumerate(names))
+
+
+def check_new(folder: str | Path) -> Path:
+    """A folder that is not there, or empty (FileExistsError otherwise)."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: give a new folder")
+    return folder
+
+
 def export(pipeline: PPFlowPipeline, folder: str | Path, name: str, step: int = 0) -> None:
     """Write a pipeline with its code and a model card; the folder appears when it is complete.
 
@@ -53,10 +80,9 @@ def export(pipeline: PPFlowPipeline, folder: str | Path, name: str, step: int = 
     Raises:
         FileExistsError: if the folder holds something.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: give a new folder")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    folder = check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         pipeline.save_pretrained(temporary)
         model_card(pipeline, name, step).save(temporary / "README.md")

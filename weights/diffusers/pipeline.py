@@ -9,7 +9,6 @@ It imports neither the network nor the process: in an exported folder each of th
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,15 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Labels = int | str | Sequence[int | str] | torch.Tensor
 
 
+def _ids_of(id2label: dict[int, str]) -> dict[str, int]:
+    """Classes by name, "tench, Tinca tinca" by the whole and by each part; without names that two classes share."""
+    found: dict[str, set[int]] = {}
+    for number, name in id2label.items():
+        for part in (name, *name.split(",")):
+            found.setdefault(part.strip(), set()).add(number)
+    return {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1}
+
+
 class InterruptedWalk(Exception):
     """A callback has set `pipe._interrupt`; `state` is where the samples are."""
 
@@ -44,8 +52,8 @@ class PPFlowPipeline(DiffusionPipeline):
         scheduler:   a PyramidScheduler
         vae:         the autoencoder of the latents; None for a network that makes pixels
         id2label:    names of the classes, by their ids as numbers or text
-        scaling:     "shift" and "scale", numbers or one per channel, of x = (z - shift) * scale between the vae's latents
-                     z and the network's x; None for those of the vae's config
+        scaling:     "shift" and "scale", numbers or one per channel, of x = (z - shift) * scale between latents z of
+                     the vae and the network's x; None for those of the vae's config
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -64,10 +72,7 @@ class PPFlowPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label, scaling=scaling)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
-        self.labels: dict[str, int] = {}  # "tench, Tinca tinca" is known by the whole and by each part
-        for number, name in self.id2label.items():
-            for part in (name, *name.split(",")):
-                self.labels.setdefault(part.strip(), number)
+        self.labels = _ids_of(self.id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
         self._num_timesteps = 0
@@ -187,8 +192,8 @@ class PPFlowPipeline(DiffusionPipeline):
         if isinstance(label, str):
             if label not in self.labels:
                 some = ", ".join(list(self.labels)[:3])
-                known = f"pipe.labels has the names, as {some}" if some else "this pipeline has ids alone"
-                raise ValueError(f"unknown class {label!r}: {known}")
+                known = f"pipe.labels has the names, as {some}" if some else "this pipeline knows ids alone"
+                raise ValueError(f"{label!r} is the name of no class, or of more than one: {known}")
             return self.labels[label]
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= count:
             raise ValueError(f"class labels must be names, or whole numbers between 0 and {count - 1}, got {label!r}")
@@ -258,6 +263,5 @@ class PPFlowPipeline(DiffusionPipeline):
         package = cls.__module__.rpartition(".")[0]
         for name in OWN_COMPONENTS:
             module, kind = index[name]
-            beside = f"{package}.{module}"
-            index[name] = [beside if beside in sys.modules else module, kind]
+            index[name] = [f"{package}.{module}", kind]
         return index
