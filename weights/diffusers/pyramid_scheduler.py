@@ -52,8 +52,13 @@ class PyramidScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def of(cls, transport: Transport) -> PyramidScheduler:
         """A process as a scheduler."""
-        edges = list(transport.schedule.level_edges)
-        return cls(transport.path.name, transport.prediction, transport.sample_eps, edges, transport.aug_dim)
+        return cls(  # by keyword: from_config forgets what was given by position
+            path_type=transport.path.name,
+            prediction=transport.prediction,
+            sample_eps=transport.sample_eps,
+            level_edges=list(transport.schedule.level_edges),
+            aug_dim=transport.aug_dim,
+        )
 
     def noise(self, shape: Sequence[int], generator: Generator, device: torch.device) -> torch.Tensor:
         """Draw x_0 (N, ...) on the generator's device, one for all samples or one for each, and move it to `device`."""

@@ -44,7 +44,7 @@ class PyramidTransformer(ModelMixin, ConfigMixin):
         """A network with its weights, which are shared, not copied."""
         scaling = asdict(network.rope_scaling) if network.position == "rope" else None
         with torch.device("meta"):
-            model = cls(network.config, scaling)
+            model = cls(architecture=network.config, rope_scaling=scaling)
         model.network = network
         return model.eval()
 
