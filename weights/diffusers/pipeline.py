@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def _ids_of(id2label: dict[int, str]) -> dict[str, int]:
         for part in (name, *name.split(",")):
             found.setdefault(part.strip(), set()).add(number)
     return {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1}
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, Sequence) else [value]
 
 
 class InterruptedWalk(Exception):
@@ -139,6 +144,9 @@ class PPFlowPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        for given in (guidance_scale, guidance_interval or ()):
+            if not all(isinstance(each, Real) for each in _as_list(given)):
+                raise ValueError(f"guidance is by numbers, one or several, got {given!r}")
         labels = self.label_ids(class_labels)
         shape = (len(labels), self.transformer.in_channels, *self._input_size(height, width))
         guidance = guidance_scale, guidance_interval
@@ -181,9 +189,9 @@ class PPFlowPipeline(DiffusionPipeline):
 
     def label_ids(self, class_labels: Labels) -> list[int]:
         """The ids of classes that are given by their ids or names, one or several (ValueError for unknown ones)."""
-        if isinstance(class_labels, torch.Tensor):
+        if hasattr(class_labels, "tolist"):  # of torch or numpy
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, str)):
+        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
             class_labels = [class_labels]
         return [self._label_id(label) for label in class_labels]
 
