@@ -8,12 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import PipelineCallback
+from diffusers.pipelines import pipeline_utils
 from diffusers.utils import dynamic_modules_utils
 from small_autoencoders import save_kl
 
@@ -339,6 +342,55 @@ def test_the_code_of_a_folder_needs_libraries_alone(folders: dict[str, Path]) ->
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not {name.split(".")[0] for name in imported} - sys.stdlib_module_names - LIBRARIES
         assert dynamic_modules_utils.check_imports(file) == []  # what diffusers would look for beside it
+
+
+class Hub:
+    """Hands out the files of a folder as the hub's client does: those that are asked for, and no others."""
+
+    def __init__(self, folder: Path, snapshot: Path) -> None:
+        self.folder, self.snapshot = folder, snapshot
+        self.names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    def model_info(self, repo_id: str, **_) -> SimpleNamespace:
+        return SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+
+    def hf_hub_download(self, repo_id: str, filename: str, subfolder: str | None = None, **_) -> str:
+        file = self.snapshot / (subfolder or "") / filename
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.folder / (subfolder or "") / filename, file)
+        return str(file)
+
+    def snapshot_download(self, repo_id: str, allow_patterns: list[str], ignore_patterns: list[str], **_) -> str:
+        for name in self.names:
+            if any(fnmatch(name, each) for each in allow_patterns) and not any(
+                fnmatch(name, e) for e in ignore_patterns
+            ):
+                self.hf_hub_download(repo_id, name)
+        return str(self.snapshot)
+
+
+@pytest.mark.parametrize("kind", [DiffusionPipeline, PPFlowPipeline])
+def test_the_hub_gives_what_a_folder_needs(
+    kind, latents: Pipeline, folders, tmp_path: Path, modules_cache: Path, monkeypatch
+) -> None:
+    hub = Hub(folders["latents"], tmp_path / "snapshot")
+    for module in (pipeline_utils, dynamic_modules_utils):
+        for name in ("model_info", "hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(module, name, getattr(hub, name), raising=False)
+    trust = {"trust_remote_code": True} if kind is DiffusionPipeline else {}
+    pipeline = kind.from_pretrained("someone/model", **trust)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    expected = door(latents)(4, **call, generator=generators()[:1]).images
+    assert (pipeline("hen", **call, generator=generators()[:1]).images == expected).all()
+
+
+def test_a_folder_is_a_source_of_weights(pixels: Pipeline, latents: Pipeline, folders: dict[str, Path]) -> None:
+    for pipe, name in ((pixels, "pixels"), (latents, "latents")):
+        again = Pipeline.load(folders[name])
+        assert again.transport.schedule == pipe.transport.schedule
+        solver = ODE(num_steps=3)
+        assert torch.equal(again.images(LABELS, solver, seed=1), pipe.images(LABELS, solver, seed=1))
 
 
 FRESH = """

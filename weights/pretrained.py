@@ -27,7 +27,7 @@ from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
 from transport import PatchSchedule, create_transport
 from transport.predictions import predictions_of
-from weights.files import choose_weights, read_file
+from weights.files import PIPELINE_WEIGHTS, choose_weights, read_file
 from weights.fit import authors_scaling
 from weights.layouts import (
     export_state_dict,
@@ -67,7 +67,8 @@ def load_pretrained(
 
     Args:
         name_or_path: PPF-XL-2, SiT-XL/2 or another of PUBLISHED, downloaded on first use; a run's folder for its newest
-                      checkpoint; a folder of save_pretrained; or a file in SiT's, PPFlow's, FiT's or our layout.
+                      checkpoint; a folder of save_pretrained or of download.py export; or a file in SiT's, PPFlow's,
+                      FiT's or our layout.
                       Several of them, in any order, if each is an expert for a part of time
         weights:      "ema", or "model" for the last ones of a training checkpoint
         cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
@@ -259,7 +260,10 @@ def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
         raise FileNotFoundError(f"{name_or_path}: {error}") from error
     if path.is_dir():
         run = path.parent if path.name == "checkpoints" else path
-        file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(run)
+        saved = [
+            file for file in (path / "model.safetensors", path / "transformer" / PIPELINE_WEIGHTS) if file.is_file()
+        ]
+        file = saved[0] if saved else newest_checkpoint(run)
         if file is None:
             raise FileNotFoundError(f"{path} holds neither checkpoints/*.pt nor model.safetensors")
         return file
