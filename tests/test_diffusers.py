@@ -334,9 +334,13 @@ def test_a_folder_brings_its_code(latents: Pipeline, folders, tmp_path: Path, mo
     assert all(torch.equal(weights[name], tensor) for name, tensor in latents.autoencoder.model.state_dict().items())
 
 
-def test_the_code_of_a_folder_needs_libraries_alone(folders: dict[str, Path]) -> None:
+def test_the_code_of_a_folder_needs_libraries_alone(pixels: Pipeline, folders, tmp_path: Path) -> None:
+    pipeline = door(pixels)
+    pipeline.transformer = torch.compile(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path)
     for code in CODE:
-        file = folders["pixels"] / code
+        file = tmp_path / code
+        assert file.read_bytes() == (folders["pixels"] / code).read_bytes()
         tree = ast.parse(file.read_text())
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

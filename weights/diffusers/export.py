@@ -84,7 +84,7 @@ def export(pipeline: PPFlowPipeline, folder: str | Path, name: str, step: int = 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        pipeline.save_pretrained(temporary)
+        pipeline.save_pretrained(temporary, max_shard_size="1TB")  # in one file, which load_pretrained reads as well
         model_card(pipeline, name, step).save(temporary / "README.md")
         os.replace(temporary, folder)
     finally:

@@ -250,7 +250,8 @@ class PPFlowPipeline(DiffusionPipeline):
         file = Path(save_directory) / self.config_name
         index = json.loads(file.read_text(encoding="utf-8"))
         for name in ("_class_name", *OWN_COMPONENTS):
-            kind = type(self if name == "_class_name" else getattr(self, name))
+            part = self if name == "_class_name" else getattr(self, name)
+            kind = type(getattr(part, "_orig_mod", part))  # what torch.compile wraps
             module = kind.__module__.rpartition(".")[2]
             folder = file.parent if name == "_class_name" else file.parent / name
             code = code_of(kind)  # before the file, which may be where it comes from, is opened
