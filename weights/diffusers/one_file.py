@@ -10,6 +10,7 @@ modules one after the other, each after those that it imports, without the impor
 from __future__ import annotations
 
 import ast
+import builtins
 import symtable
 import sys
 from pathlib import Path
@@ -30,73 +31,82 @@ def one_file(name: str, root: Path) -> str:
         root: the folder that its name starts from
 
     Raises:
-        ValueError: if two modules use one name for different things, or one imports another under another name or not
-            at its top level.
+        ValueError: if two modules use one name for different things, or as `Module`.
     """
-    seen: set[str] = set()
-    sections: dict[str, str] = {}  # the modules' texts, each after those that it needs
-    owners: dict[str, tuple[str, str]] = {}  # a top-level name: where it comes from, and the module that has it
+    modules: dict[str, Module] = {}  # each after those that it imports
+    owners: dict[str, tuple[str, str]] = dict.fromkeys(dir(builtins), ("builtins", "Python"))
 
-    def add(name: str, path: Path) -> None:
-        if name in seen:
-            return
-        seen.add(name)
-        text = path.read_text(encoding="utf-8")
-        tree, inner, lines = ast.parse(text), [], text.splitlines()
-        for node in ast.walk(tree):
-            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            inner += [(node, found, _file(found, root)) for found in names if _file(found, root)]
-        for node, found, file in inner:
-            if node not in tree.body or isinstance(node, ast.Import) or any(alias.asname for alias in node.names):
-                raise ValueError(f"{path}:{node.lineno} is no plain `from {found} import names` at the top level")
-            add(found, file)
-        for bound, origin in _bound_names(name, text, tree, [node for node, *_ in inner]).items():
-            other, module = owners.setdefault(bound, (origin, name))
+    def add(name: str) -> None:
+        module = Module(name, root)
+        for inner in module.imports.values():
+            if inner not in modules:
+                add(inner)
+        modules[name] = module
+
+    add(name)
+    if len(modules) == 1:
+        return modules[name].text
+    for module in modules.values():
+        for bound, origin in module.bound_names().items():
+            other, where = owners.setdefault(bound, (origin, module.name))
             if other != origin:
-                raise ValueError(f"{bound} means one thing in {module} and another in {name}: rename one of them")
-        future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-        dropped = {line for node in [*future, *(node for node, *_ in inner)] for line in range(*_span(node))}
-        sections[name] = "\n".join(line for number, line in enumerate(lines, 1) if number not in dropped).strip()
-
-    path = _file(name, root)
-    add(name, path)
-    if len(sections) == 1:
-        return path.read_text(encoding="utf-8")
+                raise ValueError(f"{bound} means one thing in {where} and another in {module.name}: rename one of them")
     ruler = "# " + "-" * 111
-    parts = [f"{ruler}\n# {module.replace('.', '/')}.py\n\n{text}\n" for module, text in sections.items()]
-    origin = f"# One file of PPFlow's modules {', '.join(sections)}, for diffusers: change them, not this. MIT license."
+    parts = [f"{ruler}\n# {each.replace('.', '/')}.py\n\n{module.body()}\n" for each, module in modules.items()]
+    origin = f"# One file of PPFlow's modules {', '.join(modules)}, for diffusers: change them, not this. MIT license."
     return "\n\n".join([f"{origin}\n\nfrom __future__ import annotations\n", *parts])
 
 
-def _file(name: str, root: Path) -> Path | None:
+class Module:
+    """A module, and the statements by which it imports others of the same program.
+
+    Raises:
+        ValueError: if it imports one under another name, or not at its top level.
+    """
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name = name
+        self.text = file_of(name, root).read_text(encoding="utf-8")
+        self.tree = ast.parse(self.text)
+        self.imports: dict[ast.stmt, str] = {}
+        for node in ast.walk(self.tree):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for found in names:
+                if file_of(found, root):
+                    self.imports[node] = found
+        for node, found in self.imports.items():
+            if node not in self.tree.body or isinstance(node, ast.Import) or any(alias.asname for alias in node.names):
+                raise ValueError(
+                    f"line {node.lineno} of {name} is no plain `from {found} import names` at the top level"
+                )
+
+    def body(self) -> str:
+        """The text without these statements, and without imports from __future__, which begin a file."""
+        future = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+        dropped = {n for node in (*future, *self.imports) for n in range(node.lineno, node.end_lineno + 1)}
+        return "\n".join(line for n, line in enumerate(self.text.splitlines(), 1) if n not in dropped).strip()
+
+    def bound_names(self) -> dict[str, str]:
+        """What the module's own top-level names mean: the library that they are imported from, or the module."""
+        symbols = symtable.symtable(self.text, self.name, "exec").get_symbols()
+        bound = {
+            symbol.get_name(): self.name
+            for symbol in symbols
+            if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+        }
+        for node in self.tree.body:
+            for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
+                if isinstance(node, ast.Import):  # `import a.b` binds a
+                    bound[alias.asname or alias.name.partition(".")[0]] = f"import {alias.name}"
+                elif node in self.imports or node.module == "__future__":
+                    bound.pop(alias.name, None)
+                else:
+                    bound[alias.asname or alias.name] = f"from {node.module} import {alias.name}"
+        return bound
+
+
+def file_of(name: str, root: Path) -> Path | None:
     """The file of a module below a folder, if it is there."""
     stem = root.joinpath(*name.split("."))
     return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
-
-
-def _span(node: ast.stmt) -> tuple[int, int]:
-    """First line of a statement, and the line after it."""
-    return node.lineno, node.end_lineno + 1
-
-
-def _bound_names(name: str, text: str, tree: ast.Module, inner: list[ast.stmt]) -> dict[str, str]:
-    """What a module means by each name of its top level: the library that it is imported from, or the module itself.
-
-    Args:
-        inner: imports of the same program, whose names belong to other modules
-    """
-    symbols = symtable.symtable(text, name, "exec").get_symbols()
-    own = {each.get_name() for each in symbols if each.is_assigned() or each.is_imported() or each.is_namespace()}
-    bound = dict.fromkeys(own, name)
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            # `import a.b` binds a
-            bound |= {alias.asname or alias.name.split(".")[0]: f"import {alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            bound |= {alias.asname or alias.name: f"from {node.module} import {alias.name}" for alias in node.names}
-    for node in inner:
-        for alias in node.names:
-            bound.pop(alias.name, None)
-    bound.pop("annotations", None)  # of __future__
-    return bound
