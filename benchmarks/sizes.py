@@ -313,7 +313,7 @@ def build_parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(prog="benchmarks.sizes", description="Images of many sizes, by positions, in pixels.")
     add = parser.add_argument
-    runs = ["ppf2", "ppfit2", "ppfit2-shapes"]
+    runs = ["ppf2", "ppfit2-shapes", "ppfit2"]
     add("data_path", help="zip archive of labelled images, as EDM's CIFAR-10")
     add("--image-size", type=cli.positive_int, default=16, help="side of the square of training, a multiple of 16")
     add("--runs", nargs="+", choices=runs, default=runs, metavar="RUN", help="of: " + ", ".join(runs))
@@ -324,7 +324,7 @@ def build_parser() -> cli.ArgumentParser:
     add("--guidance", type=cli.positive_float, default=2.5, metavar="SCALE", help="guidance scale")
     add("--num-samples", type=cli.positive_int, default=500, help="samples of each set")
     add("--sampling-steps", type=cli.positive_int, default=20, help="ab2 steps of a sample")
-    add("--classifier-epochs", type=cli.positive_int, default=6, help="epochs of the classifier's training")
+    add("--classifier-epochs", type=cli.positive_int, default=3, help="epochs of the classifier's training")
     add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
     add("--out", type=Path, default=Path("results/sizes"), help="folder for runs, measurements, tables and pictures")
     return parser
