@@ -123,6 +123,7 @@ def test_the_fading_scale_is_s_squared_in_noise_and_one_at_the_end():
         torch.testing.assert_close(found, network(x, torch.tensor([time]), y, level=0))
 
 
+@pytest.mark.slow
 def test_the_study_makes_its_tables_and_repeats_nothing(data, archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sizes, "ROTARY", {name: sizes.ROTARY[name] for name in (sizes.AS_TRAINED, "yarn")})
     monkeypatch.setattr(sizes, "INSIDE", ((4, 4), (3, 5)))
