@@ -233,7 +233,7 @@ def test_the_table_of_many_sizes(capsys, one_second):
     assert f"times what the GMACs cost in squares: {ratio:.3f}; padded rows take 1.00 times as long" in printed
 
 
-def test_sections_refuse_models_of_another_kind(refuses):
+def test_sections_refuse_models_of_another_kind(refuses, one_second):
     flags = ["--device", "cpu", "--batch-size", "1", "--sections"]
     assert "PPF-T-2 knows one alone" in refuses(training.main, "--model", "PPF-T-2", *flags, "sizes")
     assert "no model of a single level to compare PPFiT-T-2" in refuses(
