@@ -59,7 +59,8 @@ def training_bytes(model: Network, rows: Sequence[float], precision: str, checkp
     """Bytes that the forward pass of training keeps at least for the backward pass.
 
     Each block keeps the inputs of its linear layers, the queries, keys and values, and the outputs that gates multiply,
-    which is 8 times D, and two of the MLP's inner values; with activation checkpointing its input alone.
+    which is 8 times D, and one of the MLP's inner values (a compiled block computes the others again); with activation
+    checkpointing its input alone.
 
     Args:
         rows:          samples of input_size in one pass, for each level, on average
@@ -67,7 +68,7 @@ def training_bytes(model: Network, rows: Sequence[float], precision: str, checkp
     """
     total = 0.0
     for (network, own), number in zip(levels_of(model, len(rows)), rows, strict=True):
-        width = network.hidden_size if checkpointing else 8 * network.hidden_size + 2 * inner_width(network)
+        width = network.hidden_size if checkpointing else 8 * network.hidden_size + inner_width(network)
         total += number * network.num_tokens(own) * network.depth * width * item_bytes(precision)
     return total
 
