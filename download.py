@@ -64,7 +64,8 @@ def convert_command(argv: Sequence[str]) -> None:
     print(f"{done.name}, step {done.step}, in the layout {args.layout}: {args.out}")
     lost = {key: value for key, value in done.transport.items() if value != default_transport(done.model)[key]}
     if args.layout != "ours" and lost:
-        print(f"note: that layout has no place for {lost}: give it to whatever reads the file")
+        said = ", ".join(f"{key} {words(value)}" for key, value in lost.items())
+        print(f"note: that layout has no place for {said}: give it to whatever reads the file")
 
 
 def export_command(argv: Sequence[str]) -> None:
@@ -103,6 +104,11 @@ def export_command(argv: Sequence[str]) -> None:
         names = None if labels is None else class_names(labels, pipe.model.num_classes)
         export(pipeline_of(pipe.model, pipe.transport, pipe.autoencoder, names), args.folder, pipe.name, pipe.step)
     print(f"{pipe.name}, step {pipe.step}, as a pipeline of diffusers: {args.folder}")
+
+
+def words(value: object) -> str:
+    """A setting as one gives it to a flag."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def add_weights_args(parser: ArgumentParser) -> None:
