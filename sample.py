@@ -109,7 +109,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
     rows = [(f"pyramid, {pipe.model.num_levels} level(s)", cost)]
     if args.compare_finest:
         steps = solver.num_steps if isinstance(solver.num_steps, int) else sum(solver.num_steps)
-        at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:])
+        at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:], null_level=None)
         rows.append(("finest level only", timed_samples(pipe.finest_only(), labels, *at_finest, args)[1]))
     print(f"{'':22}{'NFE':>8}{'GMACs/image':>14}{'seconds':>10}")
     for name, (nfe, gmacs, seconds) in rows:

@@ -137,6 +137,8 @@ def folder_name(job: Job) -> str:
     steps = job.solver.num_steps if not job.solver.adaptive else 50
     steps = str(steps) if isinstance(steps, int) else "-".join(map(str, steps))
     scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
+    if job.guidance.null_level is not None:
+        scales += f"-null-{job.guidance.null_level}"
     network = f"{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}"
     if job.pipe.model.position == "rope":
         scaling = job.pipe.model.rope_scaling

@@ -617,7 +617,13 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
         help="other times at which the patch size changes, ascending (default: the checkpoint's)",
     )
     add_rope_args(parser)
-    add_cfg_args(parser, cfg_scale, cfg_note)
+    add_cfg_args(parser, cfg_scale, cfg_note)(
+        "--null-level",
+        type=natural_int,
+        metavar="LEVEL",
+        help="evaluate the null label at this level, 0 for the coarsest: guided steps of finer levels get cheaper, for "
+        "a network that knows the level at all times (default: the sample's level)",
+    )
 
 
 # FiT's --interpolation: a kind and an attention scale of RopeScaling.
@@ -749,8 +755,8 @@ def set_size(pipe: Pipeline, numbers: Sequence[int], source: str, any_size: bool
     check_claims({"image_size": claimed}, {"image_size": actual}, source)
 
 
-def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> None:
-    """Add --cfg-scales and its companions."""
+def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> Callable[..., Any]:
+    """Add --cfg-scales and its companions; returns add_argument of their group."""
     add = parser.add_argument_group("guidance").add_argument
     add(
         "--cfg-scales",
@@ -775,12 +781,14 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default
         metavar=("LOW", "HIGH"),
         help="guide only for t between LOW and HIGH (0 is noise, 1 is data)",
     )
+    return add
 
 
 def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] = 1.0) -> Guidance:
     """Guidance that --cfg-scales and its companions ask for (ValueError where they cannot)."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
-    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval)
+    null_level = vars(args).get("null_level")  # training has none
+    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval, null_level)
 
 
 def evaluation_scales(num_levels: int) -> tuple[float, ...]:

@@ -308,7 +308,7 @@ class Sampler:
 
     def _network(self, model: Model, interval: Interval) -> Model:
         if hasattr(model, "on_interval"):
-            return model.on_interval(interval)
+            return model.on_interval(interval, self.transport)
         return partial(model, level=interval.level)
 
     def _estimate(self, model: Model, interval: Interval, y: torch.Tensor | None, target: str):
