@@ -31,6 +31,7 @@ from runtime.logs import save_grid, shown_classes
 from runtime.rng import Stream, sample_generators
 from runtime.speed import default_precision, precision_note, use_precision
 from transport import ODE, Guidance, bits_per_dim
+from weights.layouts import fingerprint
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -270,10 +271,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance = cli.guidance_from(args, default=1.0 if given else 4.0)
         check_out(Path(out), picture=not args.likelihood)
         pipe = cli.load_pipeline(args, pictures=not args.likelihood, any_size=True)
+        digest = fingerprint(pipe.model) if vars(args).get("step_grid") == "auto" else ""  # before it is rounded
         pipe.to(device, precision, args.compile, args.offload_experts)
         if args.compare_finest:
             pipe.finest_only()
         pipe.check(solver, guidance, args.likelihood, args.reverse)
+    solver = cli.step_grid_from(args, pipe, solver, guidance, digest)
     job(args, pipe, solver, guidance, out)
 
 
