@@ -369,7 +369,7 @@ class Pipeline:
         """Measure where the solver's steps should lie: the grid of `Sampler.measure_grid` on 64 noise vectors.
 
         replace(solver, grid=pipe.step_grid(solver, guidance)) then samples with any number of steps. It takes about as
-        long as 64 samples of 320 steps; raises as `latents`.
+        long as 64 samples of 360 steps; raises as `latents`.
         """
         labels = torch.arange(GRID_SAMPLES) * self.model.num_classes // GRID_SAMPLES
         generators = sample_generators(0, range(GRID_SAMPLES), Stream.GRID)

@@ -276,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.compare_finest:
             pipe.finest_only()
         pipe.check(solver, guidance, args.likelihood, args.reverse)
+        cli.warn_of_null_level(pipe, guidance.null_level)
     solver = cli.step_grid_from(args, pipe, solver, guidance, digest)
     job(args, pipe, solver, guidance, out)
 

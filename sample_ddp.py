@@ -343,6 +343,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
     cost = pipe.check(solver, guidance, likelihood)
+    cli.warn_of_null_level(pipe, guidance.null_level)
     return Job(args, pipe, solver, guidance, cost), digest
 
 

@@ -371,6 +371,8 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
             setting = replace(start, scales=scales, interval=interval, null_level=null_level)
             other, solver, guidance = job.sampler_of(setting)
             other.check(solver, guidance)
+    for null_level in space.null_levels:
+        cli.warn_of_null_level(pipe, null_level)
     return job, space, digest
 
 

@@ -800,6 +800,17 @@ def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] =
     return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval, null_level)
 
 
+def warn_of_null_level(pipe: Pipeline, null_level: int | None) -> None:
+    """Tell if the null label is to be evaluated at a level that training showed other times alone."""
+    schedule = pipe.transport.schedule
+    if null_level is None or null_level == schedule.num_levels - 1 or getattr(schedule, "elastic", 0.0):
+        return
+    note(
+        f"warning: training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, unless the "
+        f"levels were drawn at random, and --null-level {null_level} evaluates it at later ones"
+    )
+
+
 def evaluation_scales(num_levels: int) -> tuple[float, ...]:
     """Guidance scales that PPFlow draws the samples of its FID with; SiT's single level is not guided there."""
     return {2: (1.0, 3.0), 3: (1.0, 3.5, 3.75)}.get(num_levels, (1.0,))
