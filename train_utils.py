@@ -806,7 +806,7 @@ def warn_of_null_level(pipe: Pipeline, null_level: int | None) -> None:
     if null_level is None or null_level == schedule.num_levels - 1 or getattr(schedule, "elastic", 0.0):
         return
     note(
-        f"warning: training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, unless the "
+        f"training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, unless the "
         f"levels were drawn at random, and --null-level {null_level} evaluates it at later ones"
     )
 

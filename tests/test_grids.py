@@ -236,7 +236,7 @@ def test_a_grid_is_measured_once_and_found_again(run: Path, tmp_path: Path, monk
     flags = f"ODE --ckpt {run} --class-labels 1 --num-sampling-steps 4 --cfg-scales 2 --step-grid auto".split()
     flags += ["--out", f"{tmp_path}/a.png"]
     sample.main(flags)
-    assert "measuring where the steps should lie" in capsys.readouterr().err
+    assert "measuring where the steps should lie" in capsys.readouterr().out
     (file,) = run.glob("checkpoints/*-grid-*.json")
     assert file.name.startswith("0000020-grid-")
     first = (tmp_path / "a.png").read_bytes()

@@ -152,8 +152,8 @@ def test_check_counts_the_evaluations_that_sampling_makes(pipe: Pipeline) -> Non
 def test_sample_reports_the_cost(tiny_run: Path, tmp_path: Path, capsys) -> None:
     flags = f"ODE --ckpt {tiny_run} --num-sampling-steps 4 6 --cfg-scales 1 2 --compare-finest --out {tmp_path}/a.png"
     sample.main([*flags.split(), "--null-level", "0"])
-    (text, told), model = capsys.readouterr(), Pipeline.load(tiny_run).model
-    assert "training showed level 0 times up to 0.5 alone" in told
+    text, model = capsys.readouterr().out, Pipeline.load(tiny_run).model
+    assert "training showed level 0 times up to 0.5 alone" in text
     nfe, gmacs = cost(text, "pyramid")
     assert nfe == 4 + 6 * 2
     assert gmacs == pytest.approx((10 * model.macs(0) + 6 * model.macs(1)) / 1e9, abs=6e-4)
