@@ -129,7 +129,7 @@ def timed_samples(
     with tqdm(unit="evaluation", desc="sampling", leave=False) as progress:
         counted = pipe.counted(progress)
         with cli.solving("--batch-size"):
-            warm_up(pipe)
+            warm_up(pipe, guidance)
         start = time.perf_counter()
         for first in range(0, len(labels), args.batch_size):
             batch = slice(first, first + args.batch_size)
@@ -144,13 +144,16 @@ def timed_samples(
 
 
 @torch.no_grad()
-def warm_up(pipe: Pipeline) -> None:
-    """Evaluate each level once, so that compilation and the first one's set-up are not timed."""
+def warm_up(pipe: Pipeline, guidance: Guidance) -> None:
+    """Evaluate each level once, also with its null level, so that compilation and set-up are not timed."""
     model, device = pipe.model, pipe.device
     for level in range(model.num_levels):
         x = torch.zeros(1, model.in_channels, *model.input_size, device=device)
         with use_precision(pipe.precision, device):
-            model(x, x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device), level=level)
+            t, y = x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device)
+            model(x, t, y, level=level)
+            if guidance.null_level is not None:
+                guidance.of(model)(x, t, y, level=level)
 
 
 def given_images(
