@@ -145,7 +145,7 @@ def folder_name(job: Job) -> str:
     scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
     if job.guidance.null_level is not None:
         scales += f"-null-{job.guidance.null_level}"
-    network = f"{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}"
+    network = job.pipe.file_name
     if job.pipe.model.position == "rope":
         scaling = job.pipe.model.rope_scaling
         parts = ("x".join(map(str, job.pipe.image_size)), scaling.kind, scaling.attention_scale)
@@ -181,7 +181,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
     if solver.adaptive:
         settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
     settings |= {
-        "checkpoint": f"{pipe.name}, step {pipe.step}",
+        "checkpoint": f"{pipe.name}, {pipe.trained}",
         "weights": digest,
         "vae": pipe.autoencoder.name,
         "level_edges": pipe.transport.schedule.level_edges,
@@ -342,7 +342,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
-    cost = pipe.check(solver, guidance, likelihood)
+    cost = pipe.check(solver, guidance, likelihood, batch=min(args.per_proc_batch_size, args.num_fid_samples))
     cli.warn_of_null_level(pipe, guidance.null_level)
     return Job(args, pipe, solver, guidance, cost), digest
 

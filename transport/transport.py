@@ -116,6 +116,9 @@ class Transport:
 
     def training_singularity(self) -> str | None:
         """Reason why the loss is not finite at an end of the training interval, which times reach; None if it is."""
+        middle = sum(self.train_interval) / 2
+        if self.loss_weight_value is not None and not self._numbers_at(middle, 0)[1].isfinite().all():
+            return f"loss_weight_value {self.loss_weight_value:g} makes loss weight {self.loss_weight} infinite"
         for end, level in zip(self.train_interval, (0, -1), strict=True):
             if not self._numbers_at(end, level)[1].isfinite().all():
                 return self._too_small("train_eps", f"the loss is infinite at t = {end:g}", level)

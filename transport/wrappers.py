@@ -40,11 +40,13 @@ class EvaluationCounter(Wrapper):
         super().__init__(model)
         self.progress = progress
         self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts twice
+        self.together = [0] * model.num_levels  # the same, of the largest evaluation
         self.size: tuple[int, ...] | None = None  # (h, w) of the samples
 
     def __call__(self, x: Groups, t: Groups, y: Groups, level: int | Sequence[int] = 0) -> Groups:
         for group, own in zip(x, level, strict=True) if isinstance(level, Sequence) else [(x, level)]:
             self.rows[own] += len(group)
+            self.together[own] = max(self.together[own], len(group))
             self.size = tuple(group.shape[2:])
         if self.progress is not None:
             self.progress.update(1)
