@@ -119,7 +119,7 @@ def build_parser() -> cli.ArgumentParser:
     )
     add("--classifier", type=Path, help="weights of evaluate.py classifier (default: the digits' own)")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of guidance (default: all)")
-    add("--scales", type=cli.positive_float, nargs="+", default=[1.25, 1.5, 2.0, 3.0], help="guidance scales")
+    add("--scales", type=cli.positive_float, nargs="+", default=[1.25, 1.5, 2.0, 2.5], help="guidance scales")
     add(
         "--intervals",
         type=an_interval,
