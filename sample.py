@@ -31,6 +31,7 @@ from runtime.logs import save_grid, shown_classes
 from runtime.rng import Stream, sample_generators
 from runtime.speed import default_precision, precision_note, use_precision
 from transport import ODE, Guidance, bits_per_dim
+from weights.layouts import fingerprint
 
 NUM_IMAGES = 16  # of --data-path
 
@@ -111,7 +112,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
     rows = [(kind_of(pipe), cost)]
     if args.compare_finest:
         steps = solver.num_steps if isinstance(solver.num_steps, int) else sum(solver.num_steps)
-        at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:])
+        at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:], null_level=None)
         rows.append(("finest level only", timed_samples(pipe.finest_only(), labels, *at_finest, args)[1]))
     print(f"{'':22}{'NFE':>8}{'GMACs/image':>14}{'seconds':>10}")
     for name, (nfe, gmacs, seconds) in rows:
@@ -136,7 +137,7 @@ def timed_samples(
     with tqdm(unit="evaluation", desc="sampling", leave=False) as progress:
         counted = pipe.counted(progress)
         with cli.solving("--batch-size"):
-            warm_up(pipe)
+            warm_up(pipe, guidance)
         start = time.perf_counter()
         for first in range(0, len(labels), args.batch_size):
             batch = slice(first, first + args.batch_size)
@@ -151,13 +152,16 @@ def timed_samples(
 
 
 @torch.no_grad()
-def warm_up(pipe: Pipeline) -> None:
-    """Evaluate each level once, so that compilation and the first one's set-up are not timed."""
+def warm_up(pipe: Pipeline, guidance: Guidance) -> None:
+    """Evaluate each level once, also with its null level, so that compilation and set-up are not timed."""
     model, device = pipe.model, pipe.device
     for level in range(model.num_levels):
         x = torch.zeros(1, model.in_channels, *model.input_size, device=device)
         with use_precision(pipe.precision, device):
-            model(x, x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device), level=level)
+            t, y = x.new_zeros(1), torch.zeros(1, dtype=torch.long, device=device)
+            model(x, t, y, level=level)
+            if guidance.null_level is not None:
+                guidance.of(model)(x, t, y, level=level)
 
 
 def given_images(
@@ -288,10 +292,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance = cli.guidance_from(args, default=1.0 if given else 4.0)
         check_out(Path(out), picture=not args.likelihood)
         pipe = cli.load_pipeline(args, pictures=not args.likelihood, any_size=True)
+        digest = fingerprint(pipe.model) if vars(args).get("step_grid") == "auto" else ""  # before it is rounded
         pipe.to(device, precision, args.compile, args.offload_experts)
         if args.compare_finest:
             pipe.finest_only()
         pipe.check(solver, guidance, args.likelihood, args.reverse, number_together(args, pipe))
+        cli.warn_of_null_level(pipe, guidance.null_level)
+    solver = cli.step_grid_from(args, pipe, solver, guidance, digest)
     job(args, pipe, solver, guidance, out)
 
 

@@ -38,13 +38,14 @@ from runtime.logs import to_uint8
 from runtime.rng import Stream, label_of, sample_generators
 from runtime.sample_store import PngStore, SampleStore, ShardStore, write_likelihoods, write_npz
 from runtime.speed import default_precision, precision_note
-from transport import SDE, Guidance
+from transport import ODE, SDE, Guidance
+from transport.grids import Grid
 from weights.layouts import fingerprint
 
 # Flags that do not change what sample i looks like, or stand among the settings as what they led to.
 NOT_SETTINGS = {
     *("sample_dir", "per_proc_batch_size", "num_fid_samples", "ckpt", "tf32", "model", "image_size", "num_classes"),
-    *("compile", "offload_experts", "vae", "latents"),
+    *("compile", "offload_experts", "vae", "latents", "step_grid"),
     *("rope", "decouple", "attention_scale", "interpolation", "ori_max_pe_len"),
     *("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
 }
@@ -131,19 +132,27 @@ class Job(NamedTuple):
 # The folder of the samples
 
 
+def grid_of(solver: Solver) -> Grid | None:
+    """Where an ODE's steps lie; None for equal steps."""
+    return solver.grid if isinstance(solver, ODE) else None
+
+
 def folder_name(job: Job) -> str:
     """A name that tells the settings one would compare."""
     # Folders of adaptive methods have always been named after the default of 50 steps: so they are found again.
     steps = job.solver.num_steps if not job.solver.adaptive else 50
     steps = str(steps) if isinstance(steps, int) else "-".join(map(str, steps))
     scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
+    if job.guidance.null_level is not None:
+        scales += f"-null-{job.guidance.null_level}"
     network = job.pipe.file_name
     if job.pipe.model.position == "rope":
         scaling = job.pipe.model.rope_scaling
         parts = ("x".join(map(str, job.pipe.image_size)), scaling.kind, scaling.attention_scale)
         network = "-".join([network, *filter(None, parts)])
     kind = "-latents" if job.args.latents else ""
-    sampler = f"{job.args.mode}-{job.solver.method}-{steps}"
+    grid = "-auto" if grid_of(job.solver) else ""
+    sampler = f"{job.args.mode}-{job.solver.method}-{steps}{grid}"
     return f"{network}-{sampler}-cfg-{scales}-seed-{job.args.global_seed}{kind}"
 
 
@@ -167,6 +176,8 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
         settings |= {"last_step_size": solver.last_step_size}
     else:
         settings |= {"atol": solver.atol, "rtol": solver.rtol}
+    if grid := grid_of(solver):  # as above: folders of equal steps do not have it
+        settings["grid"] = grid
     if solver.adaptive:
         settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
     settings |= {
@@ -332,6 +343,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
     cost = pipe.check(solver, guidance, likelihood, batch=min(args.per_proc_batch_size, args.num_fid_samples))
+    cli.warn_of_null_level(pipe, guidance.null_level)
     return Job(args, pipe, solver, guidance, cost), digest
 
 
@@ -343,6 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = start_processes()
     check_same_flags(vars(args), processes, but={"ckpt", "vae", "sample_dir"})
     job, digest = agree(lambda: set_up(args, processes), processes)
+    solver = on_main(lambda: cli.step_grid_from(args, job.pipe, job.solver, job.guidance, digest), processes)
+    if grid_of(solver):
+        job = job._replace(solver=solver, cost=job.pipe.check(solver, job.guidance))
 
     def find_missing() -> tuple[Path, list[int]]:
         folder = prepare_folder(job, digest)

@@ -1,11 +1,11 @@
-"""Find the guidance of a trained network: a scale for each level, and the times at which they guide.
+"""Find the guidance of a trained network: a scale for each level, when they guide, and the level of the null label.
 
     python sweep.py REF --ckpt model.pt --scales 1 1.5 2 3 --intervals none 0.3,1
 
 Draws the same noise and classes with one setting after another, and measures the distance of each set of samples to
 the reference REF, which is anything that evaluate.py takes. Scales are tried from the coarsest level to the finest and
-then the intervals, always around the best so far, until a round brings nothing more. This is done for every
-combination of --edges, --steps and --solvers. Settings that agree up to a level's edge go on from one state there.
+then the intervals and null levels, always around the best so far, until a round brings nothing more. This is done for
+every combination of --edges, --steps and --solvers. Settings that agree up to a level's edge go on from one state.
 
 The best settings are measured again with more samples. The folder --out holds results.jsonl, table.md and pareto.png,
 and the same command continues a sweep that was interrupted.
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,11 @@ def an_interval(text: str) -> tuple[float, float] | None:
     return interval
 
 
+def a_null_level(text: str) -> int | None:
+    """Argparse type for the number of a level or the word none."""
+    return None if text == "none" else cli.natural_int(text)
+
+
 def build_parser() -> cli.ArgumentParser:
     """The flags of sweep.py."""
     parser = cli.ArgumentParser(
@@ -114,6 +120,14 @@ def build_parser() -> cli.ArgumentParser:
         default=[None, (0.3, 1.0)],
         metavar="LOW,HIGH",
         help="times between which they guide; none for all times (default: none 0.3,1)",
+    )
+    add(
+        "--null-levels",
+        type=a_null_level,
+        nargs="+",
+        default=[None],
+        metavar="LEVEL",
+        help="levels at which the null label is evaluated, 0 for the coarsest; none for the sample's (default: none)",
     )
     add(
         "--edges",
@@ -186,7 +200,7 @@ class Job(NamedTuple):
         pipe.transport = copy.copy(pipe.transport)
         pipe.transport.schedule = PatchSchedule(setting.edges)
         pipe.transport.check_levels(pipe.model)
-        guidance = Guidance(setting.scales, self.args.cfg_channels, setting.interval)
+        guidance = Guidance(setting.scales, self.args.cfg_channels, setting.interval, setting.null_level)
         return pipe, ODE(setting.solver, setting.steps), guidance
 
 
@@ -278,6 +292,7 @@ def sampling_command(args: argparse.Namespace, setting: Setting, level_edges: tu
         "--num-sampling-steps": setting.steps if isinstance(setting.steps, tuple) else (setting.steps,),
         "--cfg-scales": setting.scales,
         "--cfg-interval": setting.interval or (),
+        "--null-level": () if setting.null_level is None else (setting.null_level,),
         "--num-fid-samples": (args.full_num_samples,),
         "--global-seed": (args.global_seed + 1,),
     }
@@ -323,7 +338,7 @@ def space_of(args: argparse.Namespace, level_edges: tuple[float, ...]) -> Space:
     if len(scales) not in (1, num_levels):
         raise ValueError(f"--scales is given {len(scales)} times for {num_levels} level(s): give it once, or per level")
     per_level = scales * num_levels if len(scales) == 1 else scales
-    return Space(args.edges or [level_edges], args.steps, args.solvers, per_level, args.intervals)
+    return Space(args.edges or [level_edges], args.steps, args.solvers, per_level, args.intervals, args.null_levels)
 
 
 def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, str]:
@@ -349,10 +364,15 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
         sizes = ["x".join(map(str, size)) for size in (side.images.image_size, pipe.image_size)]
         raise ValueError(f"{args.reference} holds images of {sizes[0]}, and the samples are {sizes[1]}: resize them")
     job, space = Job(args, processes, pipe, side, extractor), space_of(args, pipe.transport.schedule.level_edges)
+    strongest = tuple(max(options) for options in space.scales)  # a level that may be guided is
     for start in space.starts(scales_of_evaluation(space)):
-        for interval in space.intervals:
-            other, solver, guidance = job.sampler_of(replace(start, interval=interval))
+        for interval, null_level in product(space.intervals, space.null_levels):
+            scales = start.scales if null_level is None else strongest
+            setting = replace(start, scales=scales, interval=interval, null_level=null_level)
+            other, solver, guidance = job.sampler_of(setting)
             other.check(solver, guidance)
+    for null_level in space.null_levels:
+        cli.warn_of_null_level(pipe, null_level)
     return job, space, digest
 
 

@@ -22,7 +22,7 @@ from experts import Network
 from models import MODELS, canonical_name
 from pipeline import Pipeline, check_claims
 from positions import ATTENTION_SCALES, POSITIONS, ROPE_KINDS, RopeScaling
-from runtime.errors import UserError, note, user_input
+from runtime.errors import UserError, note, user_input, user_output
 from runtime.speed import PRECISIONS
 from transport import (
     DIFFUSION_FORMS,
@@ -40,6 +40,10 @@ from transport import (
     PatchSchedule,
     expert_parts,
 )
+from transport.grids import Grid
+from transport.solvers import check_grid_method
+from weights.pretrained import locate
+from weights.step_grids import kept_grid, what_decides
 
 SHOWN_METHODS = ("ab2", "dpmpp_2m", "euler")
 
@@ -617,7 +621,13 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
         help="other times at which the patch size changes, ascending (default: the checkpoint's)",
     )
     add_rope_args(parser)
-    add_cfg_args(parser, cfg_scale, cfg_note)
+    add_cfg_args(parser, cfg_scale, cfg_note)(
+        "--null-level",
+        type=natural_int,
+        metavar="LEVEL",
+        help="evaluate the null label at this level, 0 for the coarsest: guided steps of finer levels get cheaper, for "
+        "a network that knows the level at all times (default: the sample's level)",
+    )
 
 
 # FiT's --interpolation: a kind and an attention scale of RopeScaling.
@@ -691,7 +701,7 @@ def load_pipeline(
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.
     """
-    source = args.ckpt or [canonical_name(args.model or "PPF-XL-2")]
+    source = source_of(args)
     process = {name: getattr(args, name) for name in PROCESS_FLAGS}
     guidance = guidance_from(args)
     pipe = Pipeline.load(source, args.weights, None if latents else args.vae, args.level_edges, process)
@@ -714,6 +724,11 @@ def load_pipeline(
             f"or take the latents themselves with sample_ddp.py --latents"
         )
     return pipe
+
+
+def source_of(args: argparse.Namespace) -> list[str]:
+    """The files of --ckpt, or the published weights of --model."""
+    return args.ckpt or [canonical_name(args.model or "PPF-XL-2")]
 
 
 def set_positions(pipe: Pipeline, args: argparse.Namespace, source: str) -> None:
@@ -749,8 +764,8 @@ def set_size(pipe: Pipeline, numbers: Sequence[int], source: str, any_size: bool
     check_claims({"image_size": claimed}, {"image_size": actual}, source)
 
 
-def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> None:
-    """Add --cfg-scales and its companions."""
+def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default_note: str = "") -> Callable[..., Any]:
+    """Add --cfg-scales and its companions; returns add_argument of their group."""
     add = parser.add_argument_group("guidance").add_argument
     add(
         "--cfg-scales",
@@ -775,12 +790,25 @@ def add_cfg_args(parser: argparse.ArgumentParser, default: float | None, default
         metavar=("LOW", "HIGH"),
         help="guide only for t between LOW and HIGH (0 is noise, 1 is data)",
     )
+    return add
 
 
 def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] = 1.0) -> Guidance:
     """Guidance that --cfg-scales and its companions ask for (ValueError where they cannot)."""
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
-    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval)
+    null_level = vars(args).get("null_level")  # training has none
+    return Guidance(tuple(args.cfg_scales) if args.cfg_scales else default, args.cfg_channels, interval, null_level)
+
+
+def warn_of_null_level(pipe: Pipeline, null_level: int | None) -> None:
+    """Tell if the null label is to be evaluated at a level that training showed other times alone."""
+    schedule = pipe.transport.schedule
+    if null_level is None or null_level == schedule.num_levels - 1 or getattr(schedule, "elastic", 0.0):
+        return
+    note(
+        f"training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, unless the "
+        f"levels were drawn at random, and --null-level {null_level} evaluates it at later ones"
+    )
 
 
 def evaluation_scales(num_levels: int) -> tuple[float, ...]:
@@ -808,6 +836,13 @@ def add_ode_args(parser: argparse.ArgumentParser, default: str = "ab2") -> None:
     )
     add("--atol", type=positive_float, help="absolute tolerance of an adaptive method (default: 1e-6)")
     add("--rtol", type=positive_float, help="relative tolerance of an adaptive method (default: 1e-3)")
+    add(
+        "--step-grid",
+        choices=["uniform", "auto"],
+        default="uniform",
+        help="auto: steps lie where this network's error is, which is measured once and kept beside the weights "
+        "(default: uniform, equal steps)",
+    )
 
 
 def add_sde_args(parser: argparse.ArgumentParser) -> None:
@@ -854,6 +889,8 @@ def solver_from(args: argparse.Namespace, default: ODE | None = None) -> ODE | S
         default = ODE(args.sampling_method or "ab2")
     if default.adaptive and args.num_sampling_steps:
         note(f"{default.method} chooses its own steps: --num-sampling-steps has no effect")
+    if args.step_grid == "auto":
+        check_grid_method(default.method)
     for name in ("atol", "rtol"):
         if not default.adaptive and getattr(args, name):
             raise UserError(
@@ -862,6 +899,31 @@ def solver_from(args: argparse.Namespace, default: ODE | None = None) -> ODE | S
             )
     steps = None if default.adaptive else args.num_sampling_steps
     return ODE(default.method, steps_from(steps or [50]), args.atol or default.atol, args.rtol or default.rtol)
+
+
+def step_grid_from(
+    args: argparse.Namespace, pipe: Pipeline, solver: ODE | SDE, guidance: Guidance, digest: str
+) -> ODE | SDE:
+    """The solver with the grid that --step-grid asks for: found beside the weights, or measured and kept there.
+
+    Args:
+        digest: `fingerprint` of the weights as they were read
+
+    Raises:
+        UserError: if it cannot be measured, or not be kept.
+    """
+    if args.mode == "SDE" or args.step_grid == "uniform":
+        return solver
+
+    def measure() -> Grid:
+        note("--step-grid auto: measuring where the steps should lie, once for these weights, solver and guidance")
+        return pipe.step_grid(solver, guidance)
+
+    advice = "choose --step-grid uniform, or copy the weights to a folder that can be written to"
+    file = locate(source_of(args)[0])
+    with user_input(), user_output(file.parent, advice):
+        decides = what_decides(pipe.model, pipe.transport, digest, solver, guidance)
+        return replace(solver, grid=kept_grid(file, decides, measure))
 
 
 @contextlib.contextmanager

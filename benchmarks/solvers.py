@@ -59,12 +59,17 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="solvers.py", description="Error of every ODE solver by evaluations.")
     text = "evaluations that the fixed-step methods may take"
     parser.add_argument("--nfe", type=positive_int, nargs="+", default=[6, 10, 20, 30, 50, 100], metavar="N", help=text)
-    parser.add_argument("--ckpt", type=some_text, help="a trained network too: a run's folder or a checkpoint")
-    text = "guidance of the network: one scale, or one per level (default: 1.5, with --ckpt)"
-    parser.add_argument("--cfg-scales", "--cfg-scale", type=finite_float, nargs="+", metavar="W", help=text)
+    add_network_args(parser)
     parser.add_argument("--out", type=some_text, default="solvers.png", help="the plot: error against evaluations")
     add_device_arg(parser)
     return parser
+
+
+def add_network_args(parser: ArgumentParser) -> None:
+    """Add the flags of a trained network."""
+    parser.add_argument("--ckpt", type=some_text, help="a trained network too: a run's folder or a checkpoint")
+    text = "guidance of the network: one scale, or one per level (default: 1.5, with --ckpt)"
+    parser.add_argument("--cfg-scales", "--cfg-scale", type=finite_float, nargs="+", metavar="W", help=text)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ class Setting:
     """One way to draw samples.
 
     Args:
-        edges:    interior times at which the level changes
-        steps:    over the whole trajectory, or one number per level
-        solver:   an ODE method of fixed steps
-        scales:   guidance scale of each level, coarsest first; 1 is none
-        interval: guide only for t in (low, high); None for all times
+        edges:      interior times at which the level changes
+        steps:      over the whole trajectory, or one number per level
+        solver:     an ODE method of fixed steps
+        scales:     guidance scale of each level, coarsest first; 1 is none
+        interval:   guide only for t in (low, high); None for all times
+        null_level: level at which the null label is evaluated; None for the sample's own
     """
 
     edges: tuple[float, ...]
@@ -34,11 +35,13 @@ class Setting:
     solver: str
     scales: tuple[float, ...]
     interval: tuple[float, float] | None = None
+    null_level: int | None = None
 
     def simplest(self) -> Setting:
         """The simplest setting that guides by the same scales at the same times.
 
-        A level of which the interval holds nothing has scale 1, and an interval that holds all guided levels is None.
+        A level of which the interval holds nothing has scale 1, an interval that holds all guided levels is None, and
+        so is a null level that is that of all guided samples.
         """
         low, high = self.interval or (0.0, 1.0)
         levels = list(pairwise((0.0, *self.edges, 1.0)))
@@ -48,11 +51,18 @@ class Setting:
         )
         guided = [level for scale, level in zip(scales, levels, strict=True) if scale != 1]
         cut = any(start < low or high < stop for start, stop in guided)
-        return replace(self, scales=scales, interval=self.interval if cut else None)
+        matters = any(scale != 1 and self._null_level_of(level) is not None for level, scale in enumerate(scales))
+        null_level = self.null_level if matters else None
+        return replace(self, scales=scales, interval=self.interval if cut else None, null_level=null_level)
 
     def up_to(self, level: int) -> tuple[Any, ...]:
         """Everything that the state at the end of a level depends on."""
-        return self.edges, self.steps, self.solver, self.scales[: level + 1], self.interval
+        settings = self.scales[: level + 1], self.interval, self._null_level_of(level)
+        return self.edges, self.steps, self.solver, *settings
+
+    def _null_level_of(self, level: int) -> int | None:
+        """The level of the null branch at a level, where it is another one."""
+        return self.null_level if self.null_level is not None and self.null_level < level else None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Setting:
@@ -72,6 +82,7 @@ class Space(NamedTuple):
     solvers: Sequence[str]
     scales: Sequence[Sequence[float]]
     intervals: Sequence[tuple[float, float] | None]
+    null_levels: Sequence[int | None] = (None,)
 
     def starts(self, scales: Sequence[float]) -> list[Setting]:
         """A setting for each combination of edges, steps and solver, with the candidates nearest to these scales."""
@@ -80,10 +91,11 @@ class Space(NamedTuple):
             for options, scale in zip(self.scales, scales, strict=True)
         )
         combinations = product(self.edges, self.steps, self.solvers)
-        return [Setting(*combination, nearest, self.intervals[0]) for combination in combinations]
+        first = self.intervals[0], self.null_levels[0]
+        return [Setting(*combination, nearest, *first) for combination in combinations]
 
     def directions(self) -> list[Callable[[Setting], list[Setting]]]:
-        """The coordinates of guidance, from the coarsest level's scale to the interval: variants of a setting."""
+        """The coordinates of guidance, from the coarsest level's scale to the null level: variants of a setting."""
 
         def scale_of(level: int) -> Callable[[Setting], list[Setting]]:
             def variants(setting: Setting) -> list[Setting]:
@@ -95,7 +107,11 @@ class Space(NamedTuple):
         def intervals(setting: Setting) -> list[Setting]:
             return [replace(setting, interval=interval) for interval in self.intervals]
 
-        return [*(scale_of(level) for level in range(len(self.scales))), intervals]
+        def null_levels(setting: Setting) -> list[Setting]:
+            return [replace(setting, null_level=null_level) for null_level in self.null_levels]
+
+        others = [intervals, null_levels] if len(self.null_levels) > 1 else [intervals]
+        return [*(scale_of(level) for level in range(len(self.scales))), *others]
 
 
 Measure = Callable[[Setting], float]
@@ -203,6 +219,7 @@ def in_words(setting: Setting, fields: Collection[str] = tuple(Setting.__datacla
     words = {
         "scales": f"scales {listed(setting.scales)}",
         "interval": "" if setting.interval is None else f"t {listed(setting.interval, '-')}",
+        "null_level": "" if setting.null_level is None else f"null level {setting.null_level}",
         "steps": f"{listed(setting.steps, '+')} steps",
         "solver": setting.solver,
         "edges": f"edges {listed(setting.edges)}" if setting.edges else "",
@@ -219,17 +236,15 @@ def table(name: str, num: int, results: Sequence[Result], full_num: int, refined
     """The results as a table in Markdown, best first: those with the larger number of samples, then the others."""
     better = {result.setting: result.distance for result in refined}
     order = sorted(results, key=lambda result: (better.get(result.setting, math.inf), result.distance, result.gmacs))
-    heads = ["edges", "steps", "solver", "scales", "interval", "NFE", "GMACs/image", f"{name} of {num:,}"]
-    heads += [f"{name} of {full_num:,}"] * bool(refined)
-    rows = [heads, ["---", "---", "---", "---", "---", *["---:"] * (len(heads) - 5)]]
+    null_levels = any(result.setting.null_level is not None for result in results)
+    words = ["edges", "steps", "solver", "scales", "interval", *["null level"] * null_levels]
+    numbers = ["NFE", "GMACs/image", f"{name} of {num:,}", *[f"{name} of {full_num:,}"] * bool(refined)]
+    rows = [[*words, *numbers], [*["---"] * len(words), *["---:"] * len(numbers)]]
     for setting, _, distance, nfe, gmacs, _ in order:
         row = [listed(setting.edges), listed(setting.steps), setting.solver, listed(setting.scales)]
-        row += [
-            "" if setting.interval is None else listed(setting.interval),
-            f"{nfe:g}",
-            f"{gmacs:.4g}",
-            f"{distance:.4f}",
-        ]
+        row += ["" if setting.interval is None else listed(setting.interval)]
+        row += ["" if setting.null_level is None else str(setting.null_level)] * null_levels
+        row += [f"{nfe:g}", f"{gmacs:.4g}", f"{distance:.4f}"]
         row += [f"{better[setting]:.4f}" if setting in better else ""] * bool(refined)
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

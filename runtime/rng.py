@@ -25,6 +25,7 @@ class Stream(IntEnum):
     LABELS = 8
     PROBES = 10
     EVALUATION = 11  # samples that are measured during training
+    GRID = 12  # samples on which a step grid is measured
 
 
 def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream.CHOICE) -> list[torch.Generator]:

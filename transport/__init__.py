@@ -1,5 +1,6 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
+from transport.grids import shifted_grid
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
@@ -10,6 +11,7 @@ from transport.solvers import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
     FIXED_METHODS,
+    GRID_METHODS,
     LAST_STEPS,
     NOISE_TO_DATA_METHODS,
     ODE,
@@ -27,6 +29,7 @@ __all__ = [
     "ADAPTIVE_METHODS",
     "DIFFUSION_FORMS",
     "FIXED_METHODS",
+    "GRID_METHODS",
     "LAST_STEPS",
     "LOSS_WEIGHTS",
     "NOISE_TO_DATA_METHODS",
@@ -52,4 +55,5 @@ __all__ = [
     "create_transport",
     "expert_parts",
     "randn",
+    "shifted_grid",
 ]

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 
 import torch
 
+from transport.grids import Grid, equidistributed
 from transport.noise import Generator, rademacher
 from transport.paths import like
 from transport.schedule import Interval
@@ -16,17 +18,21 @@ from transport.solvers import (
     ADAPTIVE_METHODS,
     DIFFUSION_FORMS,
     ODE,
+    ORDERS,
     SDE,
     STEPWISE_METHODS,
     OnStep,
+    check_grid_method,
     check_ode_method,
     go_on,
     solve_dpmpp_2m,
     solve_ode,
     solve_sde,
+    steps_from,
 )
 from transport.transport import Model, Transport
 
+WINDOWS = 40  # in which local errors are measured
 SDE_EPS = 1e-3  # distance of the SDE from an end at which its drift is singular
 
 
@@ -78,6 +84,7 @@ class Sampler:
         y: torch.Tensor | None = None,
         reverse: bool = False,
         levels: range | None = None,
+        grid: Grid | None = None,
         on_step: OnStep | None = None,
     ) -> torch.Tensor:
         """Follow the probability-flow ODE dx/dt = v(x, t) from noise to data (SiT, equation 2).
@@ -95,6 +102,7 @@ class Sampler:
             y:         (N,) class ids
             reverse:   go from data to noise
             levels:    walk these levels alone, with the steps that they have in the whole trajectory; None for all
+            grid:      where the steps of one of GRID_METHODS lie, as in ODE; None for equal steps
             on_step:   called after each step with its end t and the state there; the walk goes on from what it returns.
                        For methods in STEPWISE_METHODS
 
@@ -106,24 +114,73 @@ class Sampler:
                 fewer steps than intervals, or the levels do not match.
             FloatingPointError: if an adaptive method fails.
         """
-        check_ode_method(method, noise_to_data=not reverse)
+        check_ode_method(method, noise_to_data=not reverse, grid=grid)
         if on_step is not None and method not in STEPWISE_METHODS:
             raise ValueError(f"{method} does not tell its steps: choose one of {', '.join(STEPWISE_METHODS)}")
         start, stop = self.transport.sample_interval
         if reverse:
             start, stop = stop, start
-        plan = self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps)
+        plan = self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps, grid=grid)
         if levels is not None:
             plan = self._only(levels, plan)
         x = x0 * self._boundary(start) if plan[0][0].start == start else x0
         for interval, steps in plan:
-            if method == "dpmpp_2m":
-                data = self._estimate(model, interval, y, "data")
-                x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma, on_step or go_on)
-            else:
-                velocity = self._estimate(model, interval, y, "velocity")
-                x = solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol, on_step or go_on)
+            x = self._across(model, interval, x, y, method, steps, atol, rtol, grid, on_step or go_on)
         return x / self._boundary(stop) if plan[-1][0].stop == stop else x
+
+    def _across(
+        self,
+        model: Model,
+        interval: Interval,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        method: str,
+        steps: int,
+        atol: float = 1e-6,
+        rtol: float = 1e-3,
+        grid: Grid | None = None,
+        on_step: OnStep = go_on,
+    ) -> torch.Tensor:
+        """The state at the end of an interval, from that at its start."""
+        if method == "dpmpp_2m":
+            data = self._estimate(model, interval, y, "data")
+            return solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma, grid, on_step)
+        velocity = self._estimate(model, interval, y, "velocity")
+        return solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol, grid, on_step)
+
+    @torch.no_grad()
+    def measure_grid(self, model: Model, x0: torch.Tensor, method: str = "ab2", y: torch.Tensor | None = None) -> Grid:
+        """The grid with which all steps of a method have the same local error, for ODE(grid=...).
+
+        Follows the ODE by rk4 in windows of time. From the state at the start of each the method makes a step to its
+        end: the distance from rk4's state there is its local error.
+
+        Args:
+            model:  network, guided as in sampling
+            x0:     (N, ...) noise
+            method: one of GRID_METHODS
+            y:      (N,) class ids
+
+        Raises:
+            ValueError: if the method's steps are its own.
+            FloatingPointError: if a state is not finite.
+        """
+        check_grid_method(method)
+        start, stop = self.transport.sample_interval
+        x, times, errors = x0 * self._boundary(start), [start], []
+        for interval, windows in self._plan(model, start, stop, WINDOWS):
+            ends = torch.linspace(*interval[1:], windows + 1, dtype=torch.float64, device="cpu").tolist()
+            states = [x]
+            for window in pairwise(ends):
+                states.append(self._across(model, Interval(interval.level, *window), states[-1], y, "rk4", 2))
+            field = self._estimate(model, interval, y, "data" if method == "dpmpp_2m" else "velocity")
+            tried = steps_from(field, states[:-1], ends, method, self._alpha_sigma)
+            errors += [(a - b).square().mean().sqrt().item() for a, b in zip(tried, states[1:], strict=True)]
+            times += ends[1:]
+            x = states[-1]
+        if not all(map(math.isfinite, errors)):
+            raise FloatingPointError("the states on which the step grid is measured are not finite")
+        return equidistributed(times, errors, ORDERS[method])
 
     # -- SDE -----------------------------------------------------------------------------------------------------
 
@@ -235,6 +292,7 @@ class Sampler:
         rtol: float = 1e-5,
         num_probes: int = 1,
         generator: Generator = None,
+        grid: Grid | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-density of data by the change of variables along the ODE, d log p / dt = -div v (arXiv:1810.01367).
 
@@ -245,7 +303,7 @@ class Sampler:
             model:      network, differentiable in x
             x1:         (N, ...) data
             y:          (N,) class ids
-            method:     one of ODE_METHODS but dpmpp_2m; num_steps, atol and rtol as in sample_ode
+            method:     one of ODE_METHODS but dpmpp_2m; num_steps, atol, rtol and grid as in sample_ode
             num_probes: probes averaged for the divergence
             generator:  source of the probes: one generator, or one per sample
 
@@ -255,7 +313,7 @@ class Sampler:
         Raises:
             ValueError: as sample_ode, or if num_probes is below 1.
         """
-        check_ode_method(method, noise_to_data=False)
+        check_ode_method(method, noise_to_data=False, grid=grid)
         if num_probes < 1:
             raise ValueError(f"num_probes must be at least 1, got {num_probes}")
         transport, dimensions = self.transport, x1[0].numel()
@@ -264,9 +322,10 @@ class Sampler:
 
         x = x1 * self._boundary(start)
         change = torch.zeros(len(x1), dtype=x1.dtype, device=x1.device)  # of the log-density, from noise to data
-        for interval, steps in self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps):
+        plan = self._plan(model, start, stop, None if method in ADAPTIVE_METHODS else num_steps, grid=grid)
+        for interval, steps in plan:
             field = self._velocity_and_divergence(model, interval, y, probes)
-            x, change = solve_ode(field, (x, change), interval.start, interval.stop, method, steps, atol, rtol)
+            x, change = solve_ode(field, (x, change), interval.start, interval.stop, method, steps, atol, rtol, grid)
         alpha, sigma = self._boundary(start), self._boundary(stop)
         x0 = x / sigma
         log_prob = transport.noise.log_prob(x0) + change + dimensions * math.log(alpha / sigma)
@@ -292,11 +351,19 @@ class Sampler:
     # -- The walk ------------------------------------------------------------------------------------------------
 
     def _plan(
-        self, model: Model, start: float, stop: float, num_steps: int | Sequence[int] | None, reserve: int = 0
+        self,
+        model: Model,
+        start: float,
+        stop: float,
+        num_steps: int | Sequence[int] | None,
+        reserve: int = 0,
+        grid: Grid | None = None,
     ) -> list[tuple[Interval, int]]:
         """The smooth intervals from start to stop and the steps of each, without `reserve` steps of the finest level.
 
-        Without num_steps the method chooses its own, and the steps are 0.
+        With a grid an interval gets two steps where there are enough, as a single one of a multistep method is of first
+        order, and a grid may leave a level next to nothing. Without num_steps the method chooses its own, and the steps
+        are 0.
         """
         self.transport.check_levels(model)
         self.transport.check_served()
@@ -304,7 +371,8 @@ class Sampler:
         intervals = schedule.intervals(start, stop, getattr(model, "breakpoints", ()))
         if num_steps is None:
             return [(interval, 0) for interval in intervals]
-        return list(zip(intervals, schedule.share_steps(num_steps, intervals, reserve), strict=True))
+        steps = schedule.share_steps(num_steps, intervals, reserve, grid, least=1 if grid is None else 2)
+        return list(zip(intervals, steps, strict=True))
 
     def _only(self, levels: range, plan: list[tuple[Interval, int]]) -> list[tuple[Interval, int]]:
         """The part of a plan that is of these levels."""
@@ -316,7 +384,7 @@ class Sampler:
 
     def _network(self, model: Model, interval: Interval) -> Model:
         if hasattr(model, "on_interval"):
-            return model.on_interval(interval)
+            return model.on_interval(interval, self.transport)
         return partial(model, level=interval.level)
 
     def _estimate(self, model: Model, interval: Interval, y: torch.Tensor | None, target: str):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from transport.grids import Grid, shares_at
+
 
 class Interval(NamedTuple):
     """An interval of time on which the field is smooth; start > stop when time runs from data to noise."""
@@ -79,13 +81,22 @@ class PatchSchedule:
             pieces = [Interval(level, b, a) for level, a, b in reversed(pieces)]
         return pieces
 
-    def share_steps(self, num_steps: int | Sequence[int], intervals: Sequence[Interval], reserve: int = 0) -> list[int]:
+    def share_steps(
+        self,
+        num_steps: int | Sequence[int],
+        intervals: Sequence[Interval],
+        reserve: int = 0,
+        grid: Grid | None = None,
+        least: int = 1,
+    ) -> list[int]:
         """Steps for each interval: in proportion to the levels' lengths, at least one each.
 
         Args:
             num_steps: steps over the whole trajectory, or one number per level of the schedule
             intervals: pieces of the trajectory, as `intervals` returns them
             reserve:   steps of the finest level to leave out (the last step of an SDE)
+            grid:      in proportion to its shares of the steps instead
+            least:     steps of each interval, where there are enough for all
 
         Raises:
             ValueError: if the steps are no whole numbers or too few, or there is not one number per level.
@@ -94,9 +105,17 @@ class PatchSchedule:
         for interval in intervals:
             pieces.setdefault(interval.level, []).append(interval)
         counts, note = whole_numbers(num_steps), " (the last step apart)" if reserve else ""
+
+        def length(interval: Interval) -> float:
+            if grid is None:
+                return interval.length
+            first, last = shares_at(grid, interval[1:])
+            return abs(last - first)
+
         if isinstance(counts, int):
-            lengths = [sum(interval.length for interval in group) for group in pieces.values()]
-            shares = _share(counts - reserve, lengths, [len(group) for group in pieces.values()], note)
+            least = least if counts - reserve >= least * len(intervals) else 1
+            lengths = [sum(map(length, group)) for group in pieces.values()]
+            shares = _share(counts - reserve, lengths, [least * len(group) for group in pieces.values()], note)
             per_level = dict(zip(pieces, shares, strict=True))
         elif len(counts) == self.num_levels:
             per_level = dict(enumerate((*counts[:-1], counts[-1] - reserve)))
@@ -104,7 +123,8 @@ class PatchSchedule:
             raise ValueError(f"{len(counts)} numbers of steps for {self.num_levels} level(s)")
         steps = {}
         for level, group in pieces.items():
-            shares = _share(per_level[level], [interval.length for interval in group], [1] * len(group), note)
+            own = least if per_level[level] >= least * len(group) else 1
+            shares = _share(per_level[level], [length(interval) for interval in group], [own] * len(group), note)
             steps.update(zip(group, shares, strict=True))
         return [steps[interval] for interval in intervals]
 

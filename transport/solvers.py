@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from transport.grids import Grid, checked_grid, steps_between
 from transport.noise import Generator, randn
 from transport.paths import Coefficients
 from transport.schedule import whole_numbers
@@ -36,12 +37,14 @@ RUNGE_KUTTA = {
     # Kutta's 3/8 rule: a smaller error than that of the better known method
     "rk4": Tableau((0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
-STEPWISE_METHODS = (*RUNGE_KUTTA, "ab2", "dpmpp_2m")  # solved here, step by step
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+STEPWISE_METHODS = (*RUNGE_KUTTA, "ab2", "dpmpp_2m")  # solved here, step by step
 FIXED_METHODS = (*STEPWISE_METHODS, *ADAMS)
 RUNGE_KUTTA_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 ADAPTIVE_METHODS = (*RUNGE_KUTTA_ADAPTIVE, "scipy_solver")
 ODE_METHODS = (*FIXED_METHODS, *ADAPTIVE_METHODS)
+GRID_METHODS = STEPWISE_METHODS  # those of torchdiffeq want equal steps
+ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "ab2": 2, "dpmpp_2m": 2}
 NOISE_TO_DATA_METHODS = ("dpmpp_2m",)  # the others solve any ODE, in either direction
 SDE_METHODS = ("Euler", "Heun")
 
@@ -58,6 +61,7 @@ LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
 State = torch.Tensor | tuple[torch.Tensor, ...]
 Field = Callable[[torch.Tensor, State], State]  # (time as a 0-d tensor, state) -> derivative
+AlphaSigma = Callable[[float], tuple[float, float]]
 OnStep = Callable[[float, State], State]  # (time, state) after a step -> the state to go on from
 
 
@@ -79,15 +83,19 @@ class ODE:
                    ignores it
         atol:      absolute tolerance of an adaptive method
         rtol:      relative tolerance of an adaptive method
+        grid:      where the steps lie: times (0, ..., 1) at equal shares of them (transport/grids.py); None for equal
+                   steps
 
     Raises:
-        ValueError: if the method is unknown or a number is out of range.
+        ValueError: if the method is unknown, a number is out of range, the grid does not ascend from 0 to 1, or the
+            method's steps are its own.
     """
 
     method: str = "ab2"
     num_steps: int | tuple[int, ...] = 50
     atol: float = 1e-6
     rtol: float = 1e-3
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ODE_METHODS:
@@ -96,6 +104,9 @@ class ODE:
         for name in ("atol", "rtol"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.grid is not None:
+            check_grid_method(self.method)
+            object.__setattr__(self, "grid", checked_grid(self.grid))
 
     @property
     def adaptive(self) -> bool:
@@ -150,12 +161,13 @@ def _set_steps(solver: ODE | SDE) -> None:
 # -- ODE -----------------------------------------------------------------------------------------------------------
 
 
-def check_ode_method(method: str, noise_to_data: bool) -> None:
+def check_ode_method(method: str, noise_to_data: bool, grid: Grid | None = None) -> None:
     """Refuse a method that is unknown, or that cannot solve the ODE at hand (ValueError).
 
     Args:
         method:        one of ODE_METHODS
         noise_to_data: True if the ODE is solved from noise to data, and for the samples alone
+        grid:          where its steps are to lie; None for equal steps
     """
     if method not in ODE_METHODS:
         raise ValueError(f"unknown ODE method {method!r}; choose one of {', '.join(ODE_METHODS)}")
@@ -163,6 +175,15 @@ def check_ode_method(method: str, noise_to_data: bool) -> None:
         raise ValueError(
             f"{method} goes from noise to data only: choose ab2, which costs one evaluation a step as well"
         )
+    if grid is not None:
+        check_grid_method(method)
+
+
+def check_grid_method(method: str) -> None:
+    """Refuse a method whose steps a grid cannot place (ValueError)."""
+    if method not in GRID_METHODS:
+        kind = "chooses its own steps" if method in ADAPTIVE_METHODS else "takes equal steps alone"
+        raise ValueError(f"{method} {kind}: leave the step grid out, or choose one of {', '.join(GRID_METHODS)}")
 
 
 def solve_ode(
@@ -174,6 +195,7 @@ def solve_ode(
     num_steps: int,
     atol: float,
     rtol: float,
+    grid: Grid | None = None,
     on_step: OnStep = go_on,
 ) -> State:
     """Solve d state / dt = field(t, state) from start to stop, in either direction.
@@ -182,9 +204,10 @@ def solve_ode(
         field:     evaluated within [start, stop] only
         state:     tensor or tuple of tensors
         method:    one of ODE_METHODS, but for NOISE_TO_DATA_METHODS: see `solve_dpmpp_2m`
-        num_steps: equal steps of a fixed-step method; the adaptive ones choose their own
+        num_steps: steps of a fixed-step method; the adaptive ones choose their own
         atol:      absolute error tolerance per element of the state, adaptive methods
         rtol:      relative error tolerance
+        grid:      where the steps of one of GRID_METHODS lie; None for equal steps
         on_step:   called after each step of the methods in STEPWISE_METHODS; the others keep their steps to themselves
 
     Raises:
@@ -193,10 +216,9 @@ def solve_ode(
     """
     check_ode_method(method, noise_to_data=False)
     if method in RUNGE_KUTTA:
-        return _solve_runge_kutta(field, state, _grid(start, stop, num_steps), RUNGE_KUTTA[method], on_step)
+        return _solve_runge_kutta(field, state, _step_ends(start, stop, num_steps, grid), RUNGE_KUTTA[method], on_step)
     if method == "ab2":
-        times = _grid(start, stop, num_steps)
-        return _solve_multistep(field, state, times, times, lambda x, slope, a, b: _add(x, (b - a, slope)), on_step)
+        return _solve_multistep(field, state, _step_ends(start, stop, num_steps, grid), AB2, on_step)
     return _solve_torchdiffeq(field, state, start, stop, method, num_steps, atol, rtol)
 
 
@@ -206,10 +228,11 @@ def solve_dpmpp_2m(
     start: float,
     stop: float,
     num_steps: int,
-    alpha_sigma: Callable[[float], tuple[float, float]],
+    alpha_sigma: AlphaSigma,
+    grid: Grid | None = None,
     on_step: OnStep = go_on,
 ) -> torch.Tensor:
-    """Follow the probability-flow ODE by DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2) in equal steps of t.
+    """Follow the probability-flow ODE by DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2).
 
     A step solves the ODE exactly for constant data D: x_b - alpha_b D = (sigma_b / sigma_a) (x_a - alpha_a D). In this
     form, unlike the paper's, it is regular at alpha = 0 and at sigma_b = 0.
@@ -219,7 +242,88 @@ def solve_dpmpp_2m(
         start:         towards noise; sigma is not zero there
         stop:          towards data
         alpha_sigma:   the path's two factors at a time
+        grid:          where the steps lie; None for equal steps of t
         on_step:       called after each step
+    """
+    times = _step_ends(start, stop, num_steps, grid)
+    return _solve_multistep(expected_data, x, times, _dpmpp_2m(alpha_sigma), on_step)
+
+
+def steps_from(
+    field: Field, states: Sequence[State], times: Sequence[float], method: str, alpha_sigma: AlphaSigma | None = None
+) -> list[State]:
+    """One step of a method from each of these states to the next time, as if the solver had come there exactly.
+
+    Args:
+        field:       the velocity; for dpmpp_2m the expected data
+        states:      on one trajectory, at the times but the last
+        times:       ends of the steps
+        method:      one of GRID_METHODS
+        alpha_sigma: as for solve_dpmpp_2m, which alone needs it
+
+    Raises:
+        ValueError: if the method's steps are its own.
+    """
+    check_grid_method(method)
+    if method in RUNGE_KUTTA:
+        steps = zip(states, pairwise(times), strict=True)
+        return [_solve_runge_kutta(field, state, step, RUNGE_KUTTA[method]) for state, step in steps]
+    rule = AB2 if method == "ab2" else _dpmpp_2m(alpha_sigma)
+    slopes = [field(_scalar(t, state), state) for t, state in zip(times[:-1], states, strict=True)]
+    ends = [_heun_step(field, states[0], slopes[0], rule, *times[:2])]
+    for n in range(1, len(states)):
+        slope = rule.extrapolate(slopes[n - 1], slopes[n], times[n - 1 : n + 2])
+        ends.append(rule.advance(states[n], slope, *times[n : n + 2]))
+    return ends
+
+
+def _solve_runge_kutta(
+    field: Field, state: State, times: Sequence[float], tableau: Tableau, on_step: OnStep = go_on
+) -> State:
+    for a, b in pairwise(times):
+        h, slopes = b - a, []
+        for node, row in zip(tableau.nodes, tableau.matrix, strict=True):
+            stage = _add(state, *((h * weight, slope) for weight, slope in zip(row, slopes, strict=True)))
+            slopes.append(field(_scalar(b if node == 1 else a + node * h, state), stage))
+        state = _add(state, *((h * weight, slope) for weight, slope in zip(tableau.weights, slopes, strict=True)))
+        state = on_step(b, state)
+    return state
+
+
+class Multistep(NamedTuple):
+    """A method of second order for one evaluation a step.
+
+    Slopes d are extrapolated to the middle of the step, linearly in a clock c, which is exact for steps of any lengths:
+
+        d' = d_n + (d_n - d_{n-1}) (c_{n+1} - c_n) / (2 (c_n - c_{n-1}))
+
+    Args:
+        clock:   c at a time; it may be infinite at the first time and the last
+        advance: (state, slope, a, b) -> state at time b from the state at a, with a constant slope
+        longest: a step that is longer than the one before by this factor, by the clock, is not extrapolated
+    """
+
+    clock: Callable[[float], float]
+    advance: Callable[[State, State, float, float], State]
+    longest: float
+
+    def extrapolate(self, previous: State, current: State, times: Sequence[float]) -> State:
+        """d' from d_{n-1} and d_n, at the times n - 1, n and n + 1."""
+        before, now, after = map(self.clock, times)
+        near = abs(after - now) < self.longest * abs(now - before)
+        weight = (after - now) / (2 * (now - before)) if near else 0.0
+        return _add(current, (weight, current), (-weight, previous))
+
+
+AB2 = Multistep(lambda t: t, lambda x, slope, a, b: _add(x, (b - a, slope)), math.inf)
+
+
+def _dpmpp_2m(alpha_sigma: AlphaSigma) -> Multistep:
+    """DPM-Solver++(2M): slopes are the expected data, the clock is half the log-SNR.
+
+    A step more than twice as long as the one before is of first order, like the published step to sigma = 0, which is
+    infinitely long. VP's last step, to t = 0.999, is one: extrapolation could triple the error of 50 steps. After a
+    start from alpha = 0 the weight is 0, as published; a larger one gains nothing.
     """
 
     def half_log_snr(t: float) -> float:
@@ -231,67 +335,35 @@ def solve_dpmpp_2m(
         decay = sigma_b / sigma_a
         return _add(decay * x, (alpha_b - alpha_a * decay, data))
 
-    times = _grid(start, stop, num_steps)
-    return _solve_multistep(expected_data, x, times, [half_log_snr(t) for t in times], advance, on_step)
+    return Multistep(half_log_snr, advance, 2.0)
 
 
-def _solve_runge_kutta(field: Field, state: State, times: Sequence[float], tableau: Tableau, on_step: OnStep) -> State:
-    for a, b in pairwise(times):
-        h, slopes = b - a, []
-        for node, row in zip(tableau.nodes, tableau.matrix, strict=True):
-            stage = _add(state, *((h * weight, slope) for weight, slope in zip(row, slopes, strict=True)))
-            slopes.append(field(_scalar(b if node == 1 else a + node * h, state), stage))
-        state = _add(state, *((h * weight, slope) for weight, slope in zip(tableau.weights, slopes, strict=True)))
-        state = on_step(b, state)
-    return state
-
-
-def _solve_multistep(
-    slope: Field,
-    state: State,
-    times: Sequence[float],
-    clock: Sequence[float],
-    advance: Callable[[State, State, float, float], State],
-    on_step: OnStep,
-) -> State:
-    """Second order for one evaluation a step: slopes d are extrapolated to the middle of the step, linearly in a clock.
-
-        d' = d_n + (d_n - d_{n-1}) (c_{n+1} - c_n) / (2 (c_n - c_{n-1}))
+def _solve_multistep(slope: Field, state: State, times: Sequence[float], rule: Multistep, on_step: OnStep) -> State:
+    """Follow a multistep rule over steps that end at these times.
 
     The first step has no previous slope, so it is a Heun step. The second step reuses its d_1, whose error of second
     order counts for one step only, so N steps cost N evaluations; a single step is of first order. An Euler first step
     keeps the order too, but on Gaussian mixtures with 2 or 3 levels it raises the error of ab2 by a tenth at 50
     evaluations and by a quarter at 10; evaluating d_1 again lowers it by a hundredth, for one evaluation per interval.
-
-    Args:
-        times:   ends of the steps
-        clock:   c at these times; it may be infinite at the first and the last
-        advance: (state, slope, a, b) -> state at time b from the state at a, with a constant slope
     """
     current = slope(_scalar(times[0], state), state)
-    tried = advance(state, current, times[0], times[1])
+    tried = rule.advance(state, current, *times[:2])
     if len(times) == 2:
         return on_step(times[1], tried)
     previous, current = current, slope(_scalar(times[1], state), tried)
-    state = advance(state, _add(current, (-0.5, current), (0.5, previous)), times[0], times[1])
-    state = on_step(times[1], state)
+    state = on_step(times[1], rule.advance(state, _add(current, (-0.5, current), (0.5, previous)), *times[:2]))
     for n in range(1, len(times) - 1):
         if n > 1:
             previous, current = current, slope(_scalar(times[n], state), state)
-        weight = _extrapolation(*clock[n - 1 : n + 2])
-        slopes = _add(current, (weight, current), (-weight, previous))
-        state = on_step(times[n + 1], advance(state, slopes, times[n], times[n + 1]))
+        state = rule.advance(state, rule.extrapolate(previous, current, times[n - 1 : n + 2]), *times[n : n + 2])
+        state = on_step(times[n + 1], state)
     return state
 
 
-def _extrapolation(before: float, now: float, after: float) -> float:
-    """The weight of d_n - d_{n-1}: half the ratio of a step to the one before, by the clock.
-
-    A step more than twice as long as the one before is not extrapolated but of first order, like the published step to
-    sigma = 0, which is infinitely long. VP's last step, to t = 0.999, is one: extrapolation could triple the error of
-    50 steps. After a start from alpha = 0 the weight is 0, as published; a larger one gains nothing.
-    """
-    return (after - now) / (2 * (now - before)) if abs(after - now) < 2 * abs(now - before) else 0.0
+def _heun_step(slope: Field, state: State, first: State, rule: Multistep, a: float, b: float) -> State:
+    """The first step of a multistep rule, from the slope at its start."""
+    second = slope(_scalar(b, state), rule.advance(state, first, a, b))
+    return rule.advance(state, _add(second, (-0.5, second), (0.5, first)), a, b)
 
 
 def _solve_torchdiffeq(
@@ -328,8 +400,10 @@ def _solve_torchdiffeq(
     return solution[-1] if isinstance(solution, torch.Tensor) else tuple(part[-1] for part in solution)
 
 
-def _grid(start: float, stop: float, num_steps: int) -> list[float]:
-    """Ends of equal steps, as numbers on the host."""
+def _step_ends(start: float, stop: float, num_steps: int, grid: Grid | None = None) -> list[float]:
+    """Ends of the steps, as numbers on the host."""
+    if grid is not None:
+        return steps_between(grid, start, stop, num_steps)
     return torch.linspace(start, stop, num_steps + 1, dtype=torch.float64, device="cpu").tolist()
 
 
@@ -379,7 +453,7 @@ def solve_sde(
     if method not in SDE_METHODS:
         raise ValueError(f"unknown SDE method {method!r}; choose one of {', '.join(SDE_METHODS)}")
     step = (stop - start) / num_steps
-    for a, b in pairwise(_grid(start, stop, num_steps)):
+    for a, b in pairwise(_step_ends(start, stop, num_steps)):
         t, t_next = (torch.full((), time, dtype=x.dtype, device=x.device) for time in (a, b))
         increment = torch.sqrt(2 * step * diffusion(t)) * randn(x.shape, generator, x.device, x.dtype)
         if method == "Euler":

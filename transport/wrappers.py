@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+Groups = torch.Tensor | Sequence[torch.Tensor]  # of one level, or of several in one pass
 
 
 class Wrapper:
@@ -13,6 +16,7 @@ class Wrapper:
 
     SHOWN = (
         *("networks", "num_levels", "num_classes", "in_channels", "input_size", "input_size_of", "parameters", "macs"),
+        "fixed_edges",
     )
 
     def __init__(self, model: Any) -> None:
@@ -35,14 +39,15 @@ class EvaluationCounter(Wrapper):
     def __init__(self, model: Any, progress: tqdm | None = None) -> None:
         super().__init__(model)
         self.progress = progress
-        self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two
+        self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts twice
         self.together = [0] * model.num_levels  # the same, of the largest evaluation
         self.size: tuple[int, ...] | None = None  # (h, w) of the samples
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        self.rows[level] += len(x)
-        self.together[level] = max(self.together[level], len(x))
-        self.size = tuple(x.shape[2:])
+    def __call__(self, x: Groups, t: Groups, y: Groups, level: int | Sequence[int] = 0) -> Groups:
+        for group, own in zip(x, level, strict=True) if isinstance(level, Sequence) else [(x, level)]:
+            self.rows[own] += len(group)
+            self.together[own] = max(self.together[own], len(group))
+            self.size = tuple(group.shape[2:])
         if self.progress is not None:
             self.progress.update(1)
         return self.model(x, t, y=y, level=level)
@@ -71,5 +76,5 @@ class FinestLevel(Wrapper):
 class Zero(Wrapper):
     """A network that predicts zero, to count the evaluations of a solver."""
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
-        return 0 * x  # which has a gradient
+    def __call__(self, x: Groups, t: Groups, y: Groups, level: int | Sequence[int] = 0) -> Groups:
+        return [0 * group for group in x] if isinstance(level, Sequence) else 0 * x  # which has a gradient

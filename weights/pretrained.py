@@ -88,7 +88,7 @@ def load_pretrained(
 
 
 def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, **overrides: Any) -> TrainedWeights:
-    path = _locate(name_or_path, cache_dir)
+    path = locate(name_or_path, cache_dir)
     published = PUBLISHED[published_name(str(name_or_path))] if is_published(name_or_path) else None
     overrides = {**published.fields, **overrides} if published else overrides
     checkpoint = read_file(path)
@@ -254,8 +254,8 @@ def _exists(name_or_path: str | Path) -> bool:
     return Path(name_or_path).expanduser().exists()
 
 
-def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
-    """The file with the weights: a path wins over a name."""
+def locate(name_or_path: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """The file of the weights that `load_pretrained` takes by this name: a path wins over a name; raises as that."""
     try:
         path = Path(name_or_path).expanduser()
     except RuntimeError as error:  # ~somebody
