@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from positions import RopeScaling
 from runtime.errors import note
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
+from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, create_transport, edges_for
 from transport.solvers import check_ode_method
 from transport.wrappers import EvaluationCounter, FinestLevel, Wrapper, Zero
-from weights.pretrained import load_pretrained
+from weights.pretrained import check_claims, load_pretrained
 
 DEFAULT_ODE = ODE()
 UNGUIDED = Guidance()
@@ -45,14 +45,15 @@ class Pipeline:
     """A trained network, the process it was trained for, and the autoencoder of its latents.
 
     Args:
-        model:       the network
-        transport:   the process
-        autoencoder: or its name ("none" for pixels): it is then read or fetched when first needed
-        scaling:     of the latents, where it is not the autoencoder's own
-        name:        of the network, for people
-        source:      the file that it comes from, for messages
-        step:        of training; 0 if unknown
-        changed:     settings of the process that `load` changed
+        model:        the network
+        transport:    the process
+        autoencoder:  or its name ("none" for pixels): it is then read or fetched when first needed
+        scaling:      of the latents, where it is not the autoencoder's own
+        name:         of the network, for people
+        source:       the file that it comes from, for messages
+        step:         of training; 0 if unknown
+        changed:      settings of the process that `load` changed
+        level_errors: of elastic levels in training, by which budgets are met
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Pipeline:
         step: int = 0,
         changed: Mapping[str, Any] | None = None,
         source: str = "",
+        level_errors: LevelErrors | None = None,
     ) -> None:
         self.model = model
         self.transport = transport
@@ -73,6 +75,7 @@ class Pipeline:
         self.step = step
         self.scaling = scaling
         self.changed = dict(changed or {})
+        self.level_errors = level_errors
         self.precision = "fp32"
         self.offloaded: OneExpertAtATime | None = None
         self._autoencoder = autoencoder
@@ -135,6 +138,9 @@ class Pipeline:
         used = ("path_type", "prediction", "sample_eps", "level_edges", "aug_dim")
         transport = create_transport(**config | {name: given[name] for name in used if name in given})
         transport.check_levels(file.model)
+        if pieces := own.schedule.not_trained(transport.schedule):
+            parts = ", ".join(f"level {level} for t in [{low:g}, {high:g}]" for level, low, high in pieces)
+            note(f"{source} was not trained with {parts}: only train.py --elastic trains levels for other edges")
         before, after = (
             {
                 "path_type": each.path.name,
@@ -146,7 +152,8 @@ class Pipeline:
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
-        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed, source)
+        origin = file.name, file.step, changed, source, file.level_errors
+        return cls(file.model, transport, vae or file.vae, scaling, *origin)
 
     def to(
         self,
@@ -272,12 +279,16 @@ class Pipeline:
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
         size: Sequence[int] | None = None,
+        budget: float | None = None,
     ) -> torch.Tensor:
         """Draw images (N, C, H, W) in about [-1, 1]; see `latents`.
 
         Args:
-            size: height and width of the images, for networks with rotary positions; None for `image_size`
+            size:   height and width of the images, for networks with rotary positions; None for `image_size`
+            budget: share of the finest level's arithmetic, see `at_budget`; None for the level edges as they are
         """
+        if budget is not None:
+            return self.at_budget(budget, solver, guidance).images(labels, solver, guidance, generators, seed, size)
         if size is not None:
             size = self.model.input_size_of(size, self.autoencoder.factor)
         return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed, size=size))
@@ -420,6 +431,39 @@ class Pipeline:
             raise ValueError(f"{solver.method} comes to an end of {process} that is infinite: give {flag}") from error
         return counter
 
+    def at_budget(self, budget: float, solver: Solver = DEFAULT_ODE, guidance: Guidance = UNGUIDED) -> Pipeline:
+        """The same network with level edges for a share of the arithmetic that the finest level alone would take.
+
+        The edges are those of `transport.budgets`, for samples of the network's own size with this solver and this
+        guidance; they meet the budget within a step of the finest level. The network is trained with elastic levels.
+
+        Raises:
+            ValueError: if it was not, the share cannot be had, or the solver has not one number of steps for all.
+        """
+        schedule = self.transport.schedule
+        if not schedule.elastic or self.level_errors is None:
+            raise ValueError(
+                f"{self.source} was trained at its own level edges alone, so there is no budget to choose: leave it "
+                "out, or train with --elastic"
+            )
+        if solver.adaptive or not isinstance(solver.num_steps, int):
+            raise ValueError(
+                "a budget counts steps: give a method of fixed steps, and one number of them for all levels"
+            )
+        starts = [schedule.edges[levels.start] for levels in schedule.experts]
+        latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
+
+        def at_edges(edges: tuple[float, ...]) -> Pipeline:
+            other = self._with_model(self.model)
+            other.transport = copy.copy(self.transport)
+            other.transport.schedule = replace(schedule, level_edges=edges)
+            return other
+
+        def cost(edges: tuple[float, ...]) -> float:
+            return at_edges(edges).check(solver, guidance).gmacs(1)
+
+        return at_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
+
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on.
 
@@ -440,11 +484,3 @@ class Pipeline:
         other = copy.copy(self)
         other.model = model
         return other
-
-
-def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
-    """Refuse settings that say something else of weights than they do themselves (ValueError); None says nothing."""
-    for name, value in claimed.items():
-        if value is not None and name in actual and value != actual[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value}, but {source} was trained with {actual[name]}: leave {flag} out")

@@ -144,6 +144,8 @@ def folder_name(job: Job) -> str:
         network = "-".join([network, *filter(None, parts)])
     kind = "-latents" if job.args.latents else ""
     sampler = f"{job.args.mode}-{job.solver.method}-{steps}"
+    if job.args.budget is not None:
+        sampler += f"-budget-{job.args.budget:g}"
     return f"{network}-{sampler}-cfg-{scales}-seed-{job.args.global_seed}{kind}"
 
 
@@ -331,6 +333,8 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
+    if args.budget is not None:
+        pipe = pipe.at_budget(args.budget, solver, guidance)
     cost = pipe.check(solver, guidance, likelihood)
     return Job(args, pipe, solver, guidance, cost), digest
 

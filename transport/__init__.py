@@ -1,5 +1,6 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
+from transport.budgets import LevelErrors, edges_for
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
 from transport.paths import PATHS
@@ -41,6 +42,7 @@ __all__ = [
     "GaussianNoise",
     "Guidance",
     "Interval",
+    "LevelErrors",
     "PatchSchedule",
     "Sampler",
     "StudentTNoise",
@@ -48,6 +50,7 @@ __all__ = [
     "bits_per_dim",
     "check_ode_method",
     "create_transport",
+    "edges_for",
     "expert_parts",
     "randn",
 ]
