@@ -7,8 +7,9 @@ images = pipe.images([207, 360], ODE(num_steps=50), Guidance(4.0), seed=1)
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -441,26 +442,25 @@ class Pipeline:
             ValueError: if it was not, the share cannot be had, or the solver has not one number of steps for all.
         """
         schedule = self.transport.schedule
-        if not schedule.elastic or self.level_errors is None:
+        if not schedule.elastic:
             raise ValueError(
-                f"{self.source} was trained at its own level edges alone, so there is no budget to choose: leave it "
-                "out, or train with --elastic"
+                f"{self.source} was trained at its level edges alone: leave --budget out, or train --elastic"
             )
+        if self.level_errors is None:
+            raise ValueError(f"{self.source} does not tell its levels' errors: give --level-edges instead of --budget")
         if solver.adaptive or not isinstance(solver.num_steps, int):
-            raise ValueError(
-                "a budget counts steps: give a method of fixed steps, and one number of them for all levels"
-            )
+            raise ValueError("a budget counts steps: give a method of fixed steps, and one number for all levels")
         starts = [schedule.edges[levels.start] for levels in schedule.experts]
+        macs = [self.model.macs(level) for level in range(schedule.num_levels)]
         latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
 
         def at_edges(edges: tuple[float, ...]) -> Pipeline:
             other = self._with_model(self.model)
-            other.transport = copy.copy(self.transport)
-            other.transport.schedule = replace(schedule, level_edges=edges)
+            other.transport = self.transport.with_edges(edges)
             return other
 
         def cost(edges: tuple[float, ...]) -> float:
-            return at_edges(edges).check(solver, guidance).gmacs(1)
+            return sum(map(operator.mul, at_edges(edges).check(solver, guidance).rows, macs))
 
         return at_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
 

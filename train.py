@@ -213,8 +213,8 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     loss = parallel.loss_module(model, transport)
     level_meter = None
     if transport.schedule.elastic:
-        errors = stored and processes.is_main and LevelErrors(**stored["level_errors"])
-        level_meter = logs.LevelMeter(model.num_levels, processes.device, errors or None)
+        kept = LevelErrors(**stored["level_errors"]) if stored and processes.is_main else None
+        level_meter = logs.LevelMeter(model.num_levels, processes.device, kept)
 
     data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
     notes += transport.rare_levels(args.global_batch_size)

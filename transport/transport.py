@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -76,6 +77,12 @@ class Transport:
         other = copy.copy(self)
         other.schedule, other.predictions = PatchSchedule(), self.predictions[-1:]
         other.sample_eps = max(self.sample_eps, other.default_eps()[1])
+        return other
+
+    def with_edges(self, level_edges: Sequence[float]) -> Transport:
+        """The same process with other level edges."""
+        other = copy.copy(self)
+        other.schedule = replace(self.schedule, level_edges=level_edges)
         return other
 
     @property
