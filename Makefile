@@ -7,7 +7,7 @@ KILLS  ?= 50
 # Threads that spin while they wait for each other stall for seconds on a machine with other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-gpu chaos lint format bench
+.PHONY: demo test test-all test-gpu docs-check chaos lint format bench
 
 # Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
@@ -17,14 +17,21 @@ demo: $(VENV)/.installed
 	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.5 --samples-per-class 10 --compare-finest \
 	    --out $(RUN)/samples.png
 
+# A process for each core, up to 8; all tests of a file run in the same one, which shares their fixtures.
+PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
+
+# Every command of README.md and docs/ is parsed, and those marked runnable are run at toy size.
+docs-check: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_docs.py
 
 # Runs that are killed at random must end bit by bit as if they were not; on a GPU with CHAOS_DEVICES=0.
 chaos: $(VENV)/.installed

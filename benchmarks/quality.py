@@ -4,16 +4,18 @@
 
 Trains the runs that are asked for and measures each with its averaged weights: Frechet distance to the training images
 and class accuracy in a classifier's features, precision and recall, the velocity's error over t on images that no run
-has seen, and the jump of the velocity at a level's edge. Everything is resumable: a run, a measurement and the
-classifier are kept in --out, and the same command makes what is missing. The tables go to OUT/quality.md, the curves to
-OUT/quality.png.
+has seen, the jump of the velocity at a level's edge, and at the end the seconds of a training step and of an image, the
+runs in turns. Everything is resumable: a run, a measurement and the classifier are kept in --out, and the same command
+makes what is missing. The tables go to OUT/quality.md, the curves to OUT/quality.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ import torch
 
 import train_utils as cli
 from benchmarks import recipes
-from benchmarks.recipes import RECIPES, Data, VelocityNetwork, train_run
+from benchmarks.recipes import RECIPES, Data, Recipe, VelocityNetwork, loss_of_step, train_run, transport_of
+from benchmarks.timing import machine, time_in_turns
 from metrics.classifiers import Classifier, load_classifier, train_classifier
 from metrics.scores import precision_recall
 from metrics.statistics import Moments, frechet_distance
@@ -32,8 +35,10 @@ from runtime.errors import run_script, user_input
 from runtime.files import complete_file
 from runtime.logs import save_grid, to_uint8
 from runtime.rng import Stream, sample_generators
+from runtime.speed import update_ema
 from transport import Guidance, Sampler, Transport, create_transport
 
+TIMED_IMAGES = 20
 TIMES = tuple((i + 0.5) / 20 for i in range(20))  # of the velocity's error
 # ---------------------------------------------------------------------------------------------------------------
 # Measurements
@@ -150,6 +155,36 @@ def measure_run(
     return result
 
 
+def training_steps(
+    recipe: Recipe, network: VelocityNetwork, data: Data, args: argparse.Namespace
+) -> Iterator[torch.Tensor]:
+    """Make a step of training each time that the next loss is asked for."""
+    optimizer, ema = torch.optim.AdamW(network.parameters(), fused=True), copy.deepcopy(network)
+    for step in itertools.count():
+        loss = loss_of_step(recipe, network, data, step, 0, args.batch_size)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, network, 0.999)
+        yield loss
+
+
+def measure_costs(names: Sequence[str], data: Data, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of a training step and of an image for each run, which take turns; costs do not depend on weights."""
+    size, timed = data.pixels.shape[1], {}
+    for name in names:
+        recipe = RECIPES[name]
+        network = VelocityNetwork(recipe, size, data.num_classes, transport_of(recipe))
+        guidance = guidance_of(args.guidance[0], network.num_levels)
+        timed[name, "step"] = partial(next, training_steps(recipe, network, data, args))
+        timed[name, "image"] = partial(draw, network, network.transport, guidance, TIMED_IMAGES, args.sampling_steps)
+    seconds = time_in_turns(timed, args.repeats, torch.device("cpu"), "seconds")
+    return {
+        name: {"step": seconds[name, "step"].median, "image": seconds[name, "image"].median / TIMED_IMAGES}
+        for name in names
+    }
+
+
 def guidance_setting(text: str) -> str:
     """Argparse type for a value of --guidance."""
     scales = [cli.positive_float(scale) for scale in text.split(",")]
@@ -215,6 +250,25 @@ def tables(results: Mapping[tuple[str, int], dict[str, Any]], real: Mapping[str,
         if pairs and name != "sit":
             ratio = np.mean([np.array(errors) / np.array(base) for errors, base in pairs], axis=0)
             lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in ratio[::2]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def costs_table(costs: Mapping[str, Mapping[str, float]], steps: int, device: str) -> str:
+    """Markdown of measured seconds, beside those of the first run."""
+    first = next(iter(costs.values()))
+    lines = [
+        f"Seconds, medians in turns ({device}):",
+        "",
+        "| run | steps | s per step | s of training | s per image | training over the first | image over the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cost in costs.items():
+        total = round(steps * RECIPES[name].longer)
+        training = total * cost["step"] / (round(steps * RECIPES[next(iter(costs))].longer) * first["step"])
+        cells = [f"{total}", f"{cost['step']:.3f}", f"{total * cost['step']:.0f}", f"{cost['image']:.4f}"]
+        lines.append(
+            f"| {name} | " + " | ".join([*cells, f"{training:.2f}", f"{cost['image'] / first['image']:.2f}"]) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -286,6 +340,7 @@ def build_parser() -> cli.ArgumentParser:
     add("--sampling-steps", type=cli.positive_int, default=25, help="ab2 steps of a sample")
     add("--num-held-out", type=cli.positive_int, default=1000, help="images of the velocity's error")
     add("--classifier-epochs", type=cli.positive_int, default=10, help="epochs of the classifier's training")
+    add("--repeats", type=cli.natural_int, default=5, help="timed steps and draws of each run; 0: no table of seconds")
     add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
     add("--out", type=Path, default=Path("results/quality"), help="folder for runs, measurements, tables and curves")
     return parser
@@ -322,6 +377,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             with complete_file(folder / "quality.md") as temporary:
                 temporary.write_text(tables(results, real))
     plot(results, folder / "quality.png")
+    if args.repeats:
+        key = f"seconds of {' '.join(args.runs)}, {args.batch_size} images, guidance {args.guidance[0]}"
+        costs = once(folder / "results.json", key, lambda: measure_costs(args.runs, data, args))
+        with complete_file(folder / "quality.md") as temporary:
+            text = f"{tables(results, real)}\n{costs_table(costs, args.steps, machine(torch.device('cpu')))}"
+            temporary.write_text(text)
     print((folder / "quality.md").read_text())
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the tests marked gpu; the others do not see them
 os.environ.update(ENVIRONMENT)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: a second thread in each would wait for its turn
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 

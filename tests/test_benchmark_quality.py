@@ -40,7 +40,18 @@ def study(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "HELD_OUT", 20)
     monkeypatch.setattr(recipes, "KEEP_EVERY", 1)
     flags = ["--image-size", "8", "--steps", STEPS, "--batch-size", "8", "--num-samples", "20", "--out", tmp_path]
-    flags += ["--sampling-steps", "3", "--num-held-out", "5", "--classifier-epochs", "1", "--seeds", "0"]
+    flags += [
+        "--sampling-steps",
+        "3",
+        "--num-held-out",
+        "5",
+        "--classifier-epochs",
+        "1",
+        "--seeds",
+        "0",
+        "--repeats",
+        "1",
+    ]
 
     def run(*more):
         quality.main([str(flag) for flag in (archive, *flags, *more)])
@@ -120,6 +131,21 @@ def test_shared_levels_take_turns_around_an_edge_alone(study, monkeypatch):
     assert 0.4 < fine.min() < 0.5
 
 
+def check_costs(text, names):
+    """The table of seconds says what its own columns say."""
+    lines = text[text.index("Seconds, medians") :].splitlines()[4:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in rows] == names
+    assert [int(row[1]) for row in rows] == [round(STEPS * recipes.RECIPES[name].longer) for name in names]
+    first = [float(cell) for cell in rows[0][1:]]
+    for row in rows:
+        steps, step, training, image, training_ratio, image_ratio = map(float, row[1:])
+        assert min(step, image) > 0
+        assert training == pytest.approx(steps * step, abs=0.5 + steps * 0.0005)
+        assert training_ratio == pytest.approx(steps * step / (first[0] * first[1]), abs=0.2)
+        assert image_ratio == pytest.approx(image / first[3], abs=0.2)
+
+
 def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypatch, capsys):
     run, _, folder = study
     names = ["sit", "ppf2-equal-cost", "ppf3-from-sit", "ppf2-wide", "ppf2-experts-equal-cost"]
@@ -128,6 +154,7 @@ def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypa
     for name in names:
         assert f"| {name} | 1 | 2 |" in first
         assert (f"| {name} | 1 | 1,2 |" in first) == (name != "sit")
+    check_costs(first, names)
     assert (folder / "8x8" / "quality.png").exists()
     assert np.asarray(Image.open(folder / "8x8" / "ppf2-equal-cost-0-guidance-1-2.png")).ndim == 3
     monkeypatch.setattr(recipes, "loss_of_step", lambda *args: pytest.fail("trained again"))
