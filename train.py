@@ -310,7 +310,7 @@ def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, t
         if t.dataset.kind == "images":
             x1 = t.autoencoder.encode(x1, order.posterior_generators(t.args.global_seed, batch.positions[part]))
         with speed.use_precision(t.args.precision, t.processes.device):
-            terms = t.loss(x1, batch.y[part], t=batch.t[part], level=batch.level[part], x0=batch.x0[part])
+            terms = t.loss(x1, batch.y[part], batch.t[part], batch.x0[part], batch.level[part])
         (terms["loss"].mean() / t.args.gradient_accumulation_steps).backward()
         values = {key: terms[key].detach().float() for key in ("loss", "velocity_error")}
         parts.append({**values, "level": terms["level"]})
