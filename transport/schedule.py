@@ -51,7 +51,11 @@ class PatchSchedule:
         if not 0 <= self.elastic <= 1:
             raise ValueError(f"elastic is a probability, from 0 to 1, got {self.elastic:g}")
         if self.expert_levels and (sum(self.expert_levels) != self.num_levels or min(self.expert_levels) < 1):
-            raise ValueError(f"experts of {list(self.expert_levels)} levels, but the edges make {self.num_levels}")
+            count = sum(self.expert_levels)
+            raise ValueError(
+                f"experts of {list(self.expert_levels)} levels, but the edges make {self.num_levels}: give {count - 1} "
+                "level edge(s)"
+            )
         if self.elastic and max(map(len, self.experts)) == 1:
             raise ValueError("elastic levels need a network with several, and this has one: leave elastic out")
 
