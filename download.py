@@ -19,6 +19,11 @@ from weights.pretrained import convert, default_transport
 from weights.published import PUBLISHED, download, published_name
 
 
+def words(value: object) -> str:
+    """A setting as one gives it to a flag."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run download.py with these command-line arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -41,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{done.name}, step {done.step}, in the layout {args.layout}: {args.out}")
         lost = {key: value for key, value in done.transport.items() if value != default_transport(done.model)[key]}
         if args.layout != "ours" and lost:
-            print(f"note: that layout has no place for {lost}: give it to whatever reads the file")
+            said = ", ".join(f"{key} {words(value)}" for key, value in lost.items())
+            print(f"note: that layout has no place for {said}: give it to whatever reads the file")
         return
     parser = ArgumentParser(
         prog="download.py",

@@ -29,6 +29,7 @@ from data.autoencoder import (
 from experts import Network, OneExpertAtATime
 from positions import RopeScaling
 from runtime.errors import note
+from runtime.memory import check_evaluation
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
 from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, create_transport, edges_for
@@ -52,8 +53,9 @@ class Pipeline:
         scaling:      of the latents, where it is not the autoencoder's own
         name:         of the network, for people
         source:       the file that it comes from, for messages
-        step:         of training; 0 if unknown
+        step:         of training; 0 if unknown; of experts that were trained alone the smallest
         changed:      settings of the process that `load` changed
+        steps:        of each of the experts that were trained alone
         level_errors: of elastic levels in training, by which budgets are met
     """
 
@@ -67,6 +69,7 @@ class Pipeline:
         step: int = 0,
         changed: Mapping[str, Any] | None = None,
         source: str = "",
+        steps: Sequence[int] = (),
         level_errors: LevelErrors | None = None,
     ) -> None:
         self.model = model
@@ -74,6 +77,7 @@ class Pipeline:
         self.name = name
         self.source = source or name
         self.step = step
+        self.steps = tuple(steps) if len(set(steps)) > 1 else (step,)
         self.scaling = scaling
         self.changed = dict(changed or {})
         self.level_errors = level_errors
@@ -153,7 +157,7 @@ class Pipeline:
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
-        origin = file.name, file.step, changed, source, file.level_errors
+        origin = file.name, file.step, changed, source, file.steps, file.level_errors
         return cls(file.model, transport, vae or file.vae, scaling, *origin)
 
     def to(
@@ -198,6 +202,16 @@ class Pipeline:
         return self
 
     # -- Parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def trained(self) -> str:
+        """The step of training in words, or the steps of experts that differ in it."""
+        return f"step {self.step}" if len(self.steps) == 1 else f"steps {' + '.join(map(str, self.steps))}"
+
+    @property
+    def file_name(self) -> str:
+        """Name and step of training, as files and folders are called after them."""
+        return f"{self.name.replace('/', '-')}-{'+'.join(f'{step:07d}' for step in self.steps)}"
 
     @property
     def device(self) -> torch.device:
@@ -393,7 +407,7 @@ class Pipeline:
         except FloatingPointError as error:
             reason = str(error)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            weights = f"the weights of {self.name} at step {self.step} are not finite either"
+            weights = f"the weights of {self.name} at {self.trained} are not finite either"
             raise FloatingPointError(f"{reason}, and {weights}: give a checkpoint from before the training diverged")
         advice = "give another --sampling-method, as ab2" if solver.adaptive else "take more steps"
         raise FloatingPointError(f"{reason}: lower --cfg-scales, or {advice}")
@@ -406,10 +420,12 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         likelihood: bool = False,
         reverse: bool = False,
+        batch: int = 1,
     ) -> EvaluationCounter:
         """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
 
         Args:
+            batch:      samples that are drawn together, which the device's free memory must hold
             likelihood: `log_prob` is wanted
             reverse:    `noise` is wanted
 
@@ -430,6 +446,8 @@ class Pipeline:
             process = f"the {self.transport.path.name} path with {self.transport.prediction} prediction"
             flag = "--sample-eps 0.001" if isinstance(solver, ODE) else "a larger --last-step-size"
             raise ValueError(f"{solver.method} comes to an end of {process} that is infinite: give {flag}") from error
+        where = self.precision, self.device, lambda: self.autoencoder.factor
+        check_evaluation(self.model, counter.together, batch, *where)
         return counter
 
     def at_budget(self, budget: float, solver: Solver = DEFAULT_ODE, guidance: Guidance = UNGUIDED) -> Pipeline:

@@ -32,6 +32,8 @@ from runtime.rng import Stream, sample_generators
 from runtime.speed import default_precision, precision_note, use_precision
 from transport import ODE, Guidance, bits_per_dim
 
+NUM_IMAGES = 16  # of --data-path
+
 
 def build_parser() -> cli.ArgumentParser:
     """The flags of sample.py."""
@@ -61,7 +63,7 @@ def build_parser() -> cli.ArgumentParser:
         add("--likelihood", action="store_true", help="bits per dimension of images in --data-path")
         add("--reverse", action="store_true", help="turn images of --data-path into noise and back")
         add("--data-path", type=cli.some_text, help="images as for train.py, for --likelihood and --reverse")
-        add("--num-images", type=cli.positive_int, help="how many of them (default: 16)")
+        add("--num-images", type=cli.positive_int, help=f"how many of them (default: {NUM_IMAGES})")
         add("--num-probes", type=cli.positive_int, help="probes for --likelihood (default: 1)")
     parser.set_defaults(likelihood=False, reverse=False)
     return parser
@@ -102,7 +104,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
         if label >= num_classes:
             raise UserError(f"class label {label} is out of range: the model knows 0 to {num_classes - 1}")
     labels = [label for label in labels for _ in range(args.samples_per_class)]
-    ways = {f"pyramid, {pipe.model.num_levels} level(s)": pipe}
+    ways = {kind_of(pipe): pipe}
     if args.budget:
         with user_input():
             ways = {f"budget {budget:g}": pipe.at_budget(budget, solver, guidance) for budget in args.budget}
@@ -118,7 +120,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
     with user_input():
         save_grid(torch.cat(grids), out, columns)
     count = len(grids) * len(labels)
-    print(f"{count} images, {args.mode} {solver.method}, step {pipe.step} of {pipe.name}: {out}")
+    print(f"{count} images, {args.mode} {solver.method}, {pipe.trained} of {pipe.name}: {out}")
     if args.compare_finest:
         steps = solver.num_steps if isinstance(solver.num_steps, int) else sum(solver.num_steps)
         at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:])
@@ -129,6 +131,12 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
     if args.compare_finest and len(grids) == 1:
         (_, gmacs, seconds), (_, finest_gmacs, finest_seconds) = rows[0][1], rows[1][1]
         print(f"{'the pyramid saves':22}{'':8}{finest_gmacs / gmacs:13.2f}x{finest_seconds / seconds:9.2f}x")
+
+
+def kind_of(pipe: Pipeline) -> str:
+    """What the network is, in the table of costs."""
+    experts = len(pipe.model.networks)
+    return f"{'pyramid' if experts == 1 else f'{experts} experts'}, {pipe.model.num_levels} level(s)"
 
 
 def timed_samples(
@@ -169,7 +177,7 @@ def given_images(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Images (or stored latents) (N, C, H, W) and labels (N,) of --data-path, and their numbers: a choice by --seed."""
     (generator,) = sample_generators(args.seed, [0], Stream.CHOICE)
-    numbers = torch.randperm(len(dataset), generator=generator)[: args.num_images or 16].tolist()
+    numbers = torch.randperm(len(dataset), generator=generator)[: args.num_images or NUM_IMAGES].tolist()
     with user_input():
         images, labels = zip(*(dataset.load(number) for number in numbers), strict=True)
     return torch.stack(images).to(device), torch.tensor(labels), numbers
@@ -251,6 +259,16 @@ def open_data(path: str, pipe: Pipeline) -> AnyDataset:
     return dataset
 
 
+def number_together(args: argparse.Namespace, pipe: Pipeline) -> int:
+    """Samples that are solved together at most."""
+    if args.reverse:
+        return args.num_images or NUM_IMAGES
+    if args.likelihood:
+        return min(args.batch_size, args.num_images or NUM_IMAGES)
+    labels = shown_classes(pipe.model.num_classes) if args.class_labels is None else args.class_labels
+    return min(args.batch_size, len(labels) * args.samples_per_class)
+
+
 def check_out(out: Path, picture: bool) -> None:
     """Refuse a file that could not be written, before hours of work (ValueError, OSError)."""
     pictures = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
@@ -285,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe.to(device, precision, args.compile, args.offload_experts)
         if args.compare_finest:
             pipe.finest_only()
-        pipe.check(solver, guidance, args.likelihood, args.reverse)
+        pipe.check(solver, guidance, args.likelihood, args.reverse, number_together(args, pipe))
     job(args, pipe, solver, guidance, out)
 
 

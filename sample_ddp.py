@@ -137,7 +137,7 @@ def folder_name(job: Job) -> str:
     steps = job.solver.num_steps if not job.solver.adaptive else 50
     steps = str(steps) if isinstance(steps, int) else "-".join(map(str, steps))
     scales = "-".join(f"{scale:g}" for scale in job.guidance.scales)
-    network = f"{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}"
+    network = job.pipe.file_name
     if job.pipe.model.position == "rope":
         scaling = job.pipe.model.rope_scaling
         parts = ("x".join(map(str, job.pipe.image_size)), scaling.kind, scaling.attention_scale)
@@ -172,7 +172,7 @@ def settings_of(job: Job, digest: str) -> dict[str, Any]:
     if solver.adaptive:
         settings["per_proc_batch_size"] = args.per_proc_batch_size  # its steps follow the batch
     settings |= {
-        "checkpoint": f"{pipe.name}, step {pipe.step}",
+        "checkpoint": f"{pipe.name}, {pipe.trained}",
         "weights": digest,
         "vae": pipe.autoencoder.name,
         "level_edges": pipe.transport.schedule.level_edges,
@@ -335,7 +335,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
     if args.budget is not None:
         pipe = pipe.at_budget(args.budget, solver, guidance)
-    cost = pipe.check(solver, guidance, likelihood)
+    cost = pipe.check(solver, guidance, likelihood, batch=min(args.per_proc_batch_size, args.num_fid_samples))
     return Job(args, pipe, solver, guidance, cost), digest
 
 

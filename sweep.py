@@ -346,7 +346,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
     extractor = load_extractor(args.features, pipe.image_size, processes.device, own and getattr(args, own))
     check_side(side, extractor)
     if side.images is not None and extractor.resize == "none" and side.images.image_size != pipe.image_size:
-        sizes = ["x".join(map(str, reversed(size))) for size in (side.images.image_size, pipe.image_size)]
+        sizes = ["x".join(map(str, size)) for size in (side.images.image_size, pipe.image_size)]
         raise ValueError(f"{args.reference} holds images of {sizes[0]}, and the samples are {sizes[1]}: resize them")
     job, space = Job(args, processes, pipe, side, extractor), space_of(args, pipe.transport.schedule.level_edges)
     for start in space.starts(scales_of_evaluation(space)):
@@ -372,7 +372,7 @@ def validity(job: Job, digest: str) -> dict[str, Any]:
         content = side.statistics.mean.tobytes() + side.statistics.covariance.tobytes()
         reference = hashlib.sha256(content).hexdigest()
     values = {
-        "checkpoint": f"{pipe.name}, step {pipe.step}",
+        "checkpoint": f"{pipe.name}, {pipe.trained}",
         "weights": digest,
         "vae": pipe.autoencoder.name,
         "precision": pipe.precision,
@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = start_processes()
     check_same_flags(vars(args), processes, but={"ckpt", "vae", "reference", "out", *WEIGHTS.values()})
     job, space, digest = agree(lambda: set_up(args, processes), processes)
-    out = Path(args.out or f"results/sweep-{job.pipe.name.replace('/', '-')}-{job.pipe.step:07d}")
+    out = Path(args.out or f"results/sweep-{job.pipe.file_name}")
 
     def open_results() -> Results:
         with writing(out):

@@ -32,7 +32,7 @@ from data.sizes import SizeRule
 from experts import ExpertPatchDiT, Network, create_expert
 from metrics.training import TrainingEvaluation
 from pipeline import Pipeline
-from runtime import checkpoints, distributed, health, logs, parallel, preemption, rng, run, speed
+from runtime import checkpoints, distributed, health, logs, memory, parallel, preemption, rng, run, speed
 from runtime.errors import run_script
 from transport import ODE, ExpertPart, LevelErrors, Transport, create_transport, samples
 from transport.samples import Samples
@@ -158,6 +158,25 @@ def build_network(name: str, parts: Sequence[ExpertPart], seed: int, **fields: A
     return networks[0] if len(parts) == 1 else ExpertPatchDiT(networks, [part.interval[0] for part in parts[1:]])
 
 
+def check_memory(
+    args: argparse.Namespace,
+    model: Network,
+    transport: Transport,
+    dataset: AnyDataset,
+    processes: distributed.Processes,
+) -> list[str]:
+    """Refuse a batch that the device cannot hold (ValueError), or return a line where it is not known."""
+    return memory.check_training(
+        model,
+        transport.level_probabilities(),
+        batch=args.global_batch_size // processes.world_size // args.gradient_accumulation_steps,
+        precision=args.precision,
+        device=processes.device,
+        checkpointing=args.activation_checkpointing,
+        many_sizes=dataset.sizes is not None,
+    )
+
+
 def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemption) -> tuple[Training, run.Run]:
     """Start a run, or continue it from its newest checkpoint or from --ckpt. Collective."""
     # Processes, and the checkpoint to continue from
@@ -187,6 +206,7 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     elif args.initialize_from:
         source_of = args.initialize_from, transport.interval
         notes += distributed.agree(lambda: initialize_from(model, *source_of), processes)
+    notes += distributed.agree(lambda: check_memory(args, model, transport, dataset, processes), processes)
     evaluation = None
     if args.eval_every:
         source_of = args.eval_ref, args.eval_features, args.eval_weights, args.eval_num

@@ -30,6 +30,10 @@ KEEP_EVERY = 250  # steps
 # Runs
 
 
+SQUARE = (4, 4)  # the shape of an image of --image-size
+SHAPES = (SQUARE, (5, 3), (3, 5))  # with at most as many tokens: 16x16, 20x12 and 12x20
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A network and the way it is trained; each remedy is one field.
@@ -46,6 +50,8 @@ class Recipe:
         coarse_weight: factor of the loss of every level but the finest
         wide:          the coarse patches are embedded by an MLP instead of a linear layer
         experts:       levels share no parameters (Patch Diffusion, arXiv:2207.04316)
+        shapes:        (height, width) in quarters of the image's side: each sample has one of them, and only networks
+                       with rotary positions take others than the square
     """
 
     model: str
@@ -59,6 +65,7 @@ class Recipe:
     coarse_weight: float = 1.0
     wide: bool = False
     experts: bool = False
+    shapes: tuple[tuple[int, int], ...] = (SQUARE,)
 
 
 # At 16x16 pixels 1.61 and 2.03 times the steps of a pyramid cost the arithmetic of SiT's.
@@ -84,6 +91,8 @@ RECIPES = {
     "ppf2-data-edge-0.35-from-sit": Recipe("PPF-T-2", edges=(0.35,), coarse_data=True, start="sit"),
     "ppf3-coarse-data": Recipe("PPF-T-3", coarse_data=True),
     "sit-early-data": Recipe("PPF-T-2", patch_sizes=((2, 2), (2, 2)), coarse_data=True),  # SiT's tokens at all times
+    "ppfit2": Recipe("PPFiT-T-2"),
+    "ppfit2-shapes": Recipe("PPFiT-T-2", shapes=SHAPES),
 }
 
 
@@ -140,31 +149,58 @@ def transport_of(recipe: Recipe) -> Transport:
 
 
 class Data:
-    """The images of an archive, in memory."""
+    """The images of an archive, in memory: squares of --image-size, and on demand other shapes of them.
+
+    Args:
+        path:       the archive
+        image_size: side of the squares
+        folder:     keeps what was read from the archive
+    """
 
     def __init__(self, path: str, image_size: int, folder: Path) -> None:
         archive = ImageArchive(path, image_size)
+        self.path, self.image_size, self.folder = path, image_size, folder
         self.labels = archive.labels
         self.num_classes = archive.num_classes
-        cache = folder / f"images-{image_size}.npy"
-        if not cache.exists():
-            pixels = np.empty((len(archive), image_size, image_size, 3), np.uint8)
-            for index in tqdm(range(len(archive)), desc="images", unit="image"):
-                pixels[index] = to_uint8(archive.load(index)[0][None])[0].permute(1, 2, 0).numpy()
-            with complete_file(cache) as temporary:
-                np.save(temporary, pixels)
-        self.pixels = np.load(cache)
+        self.squares: dict[int, np.ndarray] = {}
+        self.pixels = self._square(image_size)
         if len(self.pixels) <= 2 * HELD_OUT:
             raise ValueError(f"{path} has {len(self.pixels)} images, and {HELD_OUT} of them are held out: give more")
+
+    def _square(self, side: int) -> np.ndarray:
+        """The images as squares of a side, (n, S, S, 3) uint8."""
+        if side not in self.squares:
+            cache = self.folder / f"images-{side}.npy"
+            if not cache.exists():
+                archive = ImageArchive(self.path, side)
+                pixels = np.empty((len(archive), side, side, 3), np.uint8)
+                for index in tqdm(range(len(archive)), desc="images", unit="image"):
+                    pixels[index] = to_uint8(archive.load(index)[0][None])[0].permute(1, 2, 0).numpy()
+                with complete_file(cache) as temporary:
+                    np.save(temporary, pixels)
+            self.squares[side] = np.load(cache)
+        return self.squares[side]
 
     @property
     def num_training(self) -> int:
         return len(self.pixels) - HELD_OUT
 
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (n, 3, S, S) in [-1, 1] and labels (n,)."""
-        pixels = torch.from_numpy(self.pixels[indices.numpy()]).permute(0, 3, 1, 2)
-        return pixels.float() / 127.5 - 1, torch.from_numpy(self.labels[indices.numpy()])
+    def size_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Size (h, w) in pixels of a shape in quarters of --image-size."""
+        height, width = (quarters * self.image_size / 4 for quarters in shape)
+        return round(height), round(width)
+
+    def pixels_of(self, size: tuple[int, int], indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The middle of the images that cover a size (h, w), (n, h, w, 3) uint8, as `data.sizes.cover_and_crop`."""
+        side = max(size)
+        top, left = ((side - length) // 2 for length in size)
+        return self._square(side)[indices, top : top + size[0], left : left + size[1]]
+
+    def batch(self, indices: torch.Tensor, size: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (n, 3, h, w) in [-1, 1], squares unless a size is given, and labels (n,)."""
+        numbers = indices.numpy()
+        pixels = torch.from_numpy(self.pixels_of(size or (self.image_size, self.image_size), numbers))
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(self.labels[numbers])
 
 
 def loss_of_step(
@@ -187,18 +223,32 @@ def loss_of_step(
         for number, edge in enumerate(schedule.level_edges):
             near = (t - edge).abs() < recipe.shared
             level = torch.where(near, number + torch.randint(2, t.shape, generator=g), level)
-    x1, y = data.batch(torch.randint(data.num_training, t.shape, generator=g))
+    numbers = torch.randint(data.num_training, t.shape, generator=g)
+    y = torch.from_numpy(data.labels[numbers.numpy()])
     mirrored = torch.rand(len(t), generator=g) < 0.5
-    x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
     y = y.masked_fill(torch.rand(len(t), generator=g) < 0.1, network.num_classes)
-    x0 = torch.randn(x1.shape, generator=g)
-    x = transport.path.interpolate(x0, x1, t)
-    groups = [torch.nonzero(level == index).flatten() for index in range(network.num_levels)]
-    points, times, labels = ([values[group] for group in groups] for values in (x, t, y))
-    outputs = network(points, times, labels, level=range(network.num_levels))
+    shape = torch.zeros_like(level)
+    if len(recipe.shapes) > 1:
+        shape = torch.randint(len(recipe.shapes), t.shape, generator=g)
+    points, times, labels, levels, targets, weights = [], [], [], [], [], []
+    for index, quarters in enumerate(recipe.shapes):
+        members = torch.nonzero(shape == index).flatten()
+        x1, _ = data.batch(numbers[members], data.size_of(quarters))
+        x1 = torch.where(mirrored[members, None, None, None], x1.flip(3), x1)
+        x0 = torch.randn(x1.shape, generator=g)
+        x = transport.path.interpolate(x0, x1, t[members])
+        for number in range(network.num_levels):
+            group = torch.nonzero(level[members] == number).flatten()
+            points.append(x[group])
+            targets.append((x1 - x0)[group])
+            times.append(t[members[group]])
+            labels.append(y[members[group]])
+            weights.append(weight[members[group]])
+            levels.append(number)
+    outputs = network(points, times, labels, level=levels)
     errors = [
-        ((output - (x1 - x0)[group]).square().flatten(1).mean(1) * weight[group]).sum()
-        for output, group in zip(outputs, groups, strict=True)
+        ((output - target).square().flatten(1).mean(1) * factor).sum()
+        for output, target, factor in zip(outputs, targets, weights, strict=True)
     ]
     return sum(errors) / batch_size
 

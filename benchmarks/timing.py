@@ -26,6 +26,7 @@ WARMUP = 2  # calls that the median leaves out
 PEAK_REPEATS = 10
 PROFILED_CALLS = 2
 PROFILE_ROWS = 20
+ON_REQUEST = ("sizes", "profile")  # the first takes other models
 
 # Dense bf16 matrix products, TFLOP/s, from the vendor's data sheets; the first name that occurs counts.
 PEAK_TFLOPS = {
@@ -73,9 +74,9 @@ RATES = ("images/s", "TFLOP/s", "MFU")
 
 
 def build_parser(prog: str, description: str, sections: Sequence[str]) -> ArgumentParser:
-    """Flags of a benchmark that times models; `profile` is printed only on request."""
+    """Flags of a benchmark that times models; ON_REQUEST are sections that are printed only if they are named."""
     parser = ArgumentParser(prog=prog, description=description)
-    default = [section for section in sections if section != "profile"]
+    default = [section for section in sections if section not in ON_REQUEST]
     parser.add_argument("--model", nargs="+", default=["PPF-B-2", "PPF-B-3"], help="names, as in models.py")
     parser.add_argument("--sections", nargs="+", choices=sections, default=default, help="what to measure")
     parser.add_argument("--batch-size", type=positive_int, help="samples per call (default: 4, on CUDA 64)")
@@ -158,10 +159,17 @@ def random_model(name: str, device: torch.device, **overrides: object) -> Pyrami
 
 
 def baseline(name: str) -> str:
-    """Name the SiT of a model's size: PPF-B-2 -> SiT-B/2, and for pixels PPF-B-2/16 -> SiT-B/16."""
+    """Name the SiT of a model's size: PPF-B-2 -> SiT-B/2, and for pixels PPF-B-2/16 -> SiT-B/16.
+
+    Raises:
+        UserError: if there is none, as for PPFiT-S-2.
+    """
     fields = MODELS[name]
     finest = fields["patch_sizes"][-1:] if "input_size" in fields else ((2, 2),)
-    return next(known for known, other in MODELS.items() if other == {**fields, "patch_sizes": finest})
+    single = [known for known, other in MODELS.items() if other == {**fields, "patch_sizes": finest}]
+    if not single:
+        raise UserError(f"there is no model of a single level to compare {name} with: choose other --sections")
+    return single[0]
 
 
 class ZeroField:

@@ -1,6 +1,7 @@
 """Time and memory of a training step.
 
     python -m benchmarks.training --model PPF-B-2 PPF-B-3
+    python -m benchmarks.training --model PPFiT-S-3 --sections sizes --batch-size 16
 
 Sections (--sections):
     ratio     a step beside one of SiT with the same batch: is the time saved that the arithmetic saves?
@@ -9,6 +10,7 @@ Sections (--sections):
     parts     the share of a step that is not forward and backward
     memory    activations and peak, beside SiT's and beside packed rows with a dense mask
     variants  activation checkpointing and compilation
+    sizes     images of many sizes beside squares, and beside rows padded to the longest (only on request)
     profile   the operators that take most time (only on request)
 
 Everything that is compared is timed in turns within one run; medians count. MFU is the model's own FLOPs, 3 forward
@@ -40,14 +42,21 @@ from benchmarks.timing import (
 from data.datasets import open_dataset
 from data.latent_files import FORMAT
 from data.order import StepSampler, training_loader
-from runtime.errors import run_script
+from data.sizes import SizeRule
+from models import MODELS
+from runtime.errors import UserError, run_script
 from runtime.logs import RunLog, StepMeter
 from runtime.rng import draw_step
 
 TIME_TARGET = 1.05  # time ratio over GMACs ratio, at most
+SIZES_TARGET = 1.10  # time per MAC over that of squares, at most
 PARTS_TARGET = 0.05  # of a step
 LOG_EVERY = 100  # train.py's default
 COLUMNS = ("GMACs", "ms/step", *RATES)
+
+# (width, height) of images in the proportions of ImageNet's, whose most frequent aspect ratios are 4:3 and 3:2.
+IMAGES = [(500, 375)] * 7 + [(500, 333)] * 4 + [(375, 500)] * 2 + [(333, 500), (500, 500), (500, 281)]
+MAX_TOKENS = 256
 
 
 def megabytes(size: int | None) -> str:
@@ -101,6 +110,54 @@ def passes(bench: Bench) -> Iterator[str]:
             time, kept = seconds[way].median, step.change(way).kept()
             lines.append((way, f"{time * 1e3:.1f}", f"{time / seconds['separate'].median:.3f}", megabytes(kept)))
         yield table(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many sizes
+
+
+def image_sizes(number: int) -> list[tuple[int, int]]:
+    """Sizes (H, W) in latent pixels of so many images, as --max-tokens chooses them, in a fixed random order."""
+    order = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(0)).tolist()
+    rule = SizeRule(MAX_TOKENS)
+    sizes = [rule.size_of(*IMAGES[order[index % len(order)]]) for index in range(number)]
+    return [(height // 8, width // 8) for height, width in sizes]
+
+
+def sizes(bench: Bench) -> Iterator[str]:
+    """Compare a batch of many sizes and levels with squares, and with rows padded to the longest."""
+    for name in bench.models:
+        if MODELS[name].get("position") != "rope":
+            raise UserError(f"the section sizes takes models of any size, as PPFiT-S-2, and {name} knows one alone")
+        yield sizes_of(Step(name, bench), name)
+
+
+def sizes_of(step: Step, name: str) -> str:
+    """Table of steps with the same weights: squares of the finest level alone with as many tokens come first."""
+    square = step.model.input_size
+    mixed, squares = step.draw(image_sizes(step.bench.batch)), step.draw([square] * step.bench.batch)
+    step.batch, finest = mixed, step.model.num_levels - 1
+    number = max(1, round(step.tokens / step.model.num_tokens(finest)))
+    runs = {
+        "squares, finest level alone": (step.draw([square] * number, finest), "joint"),
+        "squares, all levels": (squares, "joint"),
+        "many sizes, all levels": (mixed, "joint"),
+        "many sizes, padded with a mask": (mixed, "padded"),
+    }
+    seconds = step.bench.time({run: partial(step.run_on, *how) for run, how in runs.items()}, "sizes")
+    lines, ratios = [(f"{name}, a step of", "samples", "groups", "tokens", "GMACs", "ms/step", "time/GMACs")], {}
+    for run, (batch, _) in runs.items():
+        step.batch = batch
+        ratios[run] = seconds[run].median / step.macs
+        shown = ratios[run] / next(iter(ratios.values()))
+        groups = len(set(zip(step.levels, batch.sizes, strict=True)))
+        numbers = f"{len(batch.sizes)}", f"{groups}", f"{step.tokens}", f"{step.macs / 1e9:.1f}"
+        lines.append((run, *numbers, f"{seconds[run].median * 1e3:.1f}", f"{shown:.3f}"))
+    squares_ratio, _, ours, padded = ratios.values()
+    return (
+        f"{table(lines)}\n{at_most(ours / squares_ratio, SIZES_TARGET)} times what the GMACs cost in squares: "
+        f"{ours / squares_ratio:.3f}; padded rows take {padded / ours:.2f} times as long"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,6 +287,7 @@ SECTIONS = {
     "parts": parts,
     "memory": memory,
     "variants": variants,
+    "sizes": sizes,
     "profile": profiles,
 }
 

@@ -215,8 +215,8 @@ def _head_of(path: Path) -> bytes:
 
 
 def _size(shape: Sequence[int]) -> str:
-    """An image's size as it is written, width first."""
-    return f"{shape[1]}x{shape[0]}"
+    """An image's size (H, W, ...) as it is written, height first."""
+    return f"{shape[0]}x{shape[1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

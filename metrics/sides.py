@@ -71,7 +71,7 @@ def compare_sizes(reference: Side, samples: Side, extractor: Extractor) -> str |
     """
     if reference.images is None or samples.images is None:
         return None
-    sizes = [f"{side.images.image_size[1]}x{side.images.image_size[0]}" for side in (reference, samples)]
+    sizes = ["x".join(map(str, side.images.image_size)) for side in (reference, samples)]
     if sizes[0] == sizes[1]:
         return None
     found = f"{reference.source} holds images of {sizes[0]} and {samples.source} of {sizes[1]}"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from digits_archive import write_digits_archive
 from PIL import Image
 
 from benchmarks import quality, recipes
-from data.datasets import Digits
 
 STEPS = 4
 
@@ -21,17 +18,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """A zip archive of 120 digits as RGB images, with their classes."""
-    digits, path = Digits(), tmp_path_factory.mktemp("quality") / "digits.zip"
-    labels = []
-    with zipfile.ZipFile(path, "w") as file:
-        for number in range(120):
-            pixels = ((digits.images[number, 0] + 1) * 127.5).round().byte().numpy()
-            stream = io.BytesIO()
-            Image.fromarray(pixels).convert("RGB").save(stream, format="PNG")
-            file.writestr(f"{number:03d}.png", stream.getvalue())
-            labels.append([f"{number:03d}.png", int(digits.labels[number])])
-        file.writestr("dataset.json", json.dumps({"labels": labels}))
-    return path
+    return write_digits_archive(tmp_path_factory.mktemp("quality") / "digits.zip")
 
 
 @pytest.fixture

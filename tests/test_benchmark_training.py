@@ -9,6 +9,7 @@ from test_benchmarks import tables
 from benchmarks import steps, timing, training
 from benchmarks.memory import in_fresh_process, kept_for_backward, resident
 from benchmarks.packing import DenseMaskPacking
+from benchmarks.padding import PaddedRows
 from benchmarks.steps import Step
 from benchmarks.timing import Bench, random_model
 from models import MODELS, create_model
@@ -22,7 +23,7 @@ BENCH = Bench((), batch=4, repeats=1, compiled=False, device=CPU, precision="fp3
 @pytest.fixture(autouse=True)
 def shallow(monkeypatch):
     """The tiny models with 2 blocks."""
-    for name in ("SiT-T/2", "PPF-T-2", "PPF-T-3"):
+    for name in ("SiT-T/2", "PPF-T-2", "PPF-T-3", "PPFiT-T-2", "PPFiT-T-3"):
         monkeypatch.setitem(MODELS[name], "depth", 2)
 
 
@@ -66,6 +67,49 @@ def test_packed_rows_are_of_equal_length_and_masked():
     assert place[:, ::64].tolist() == [[0, 1, 2, 3], [4, -1, -1, -1], [5, 5, 5, 5], [6, 6, 6, 6]]
 
 
+# -- Padded rows ---------------------------------------------------------------------------------------------------
+
+
+def mixed_batch(step: Step, dtype: torch.dtype) -> dict:
+    _, x1, x0, y, t = step.draw([(8, 8), (4, 12), (12, 4), (8, 4), (8, 8), (4, 4)])
+    return {"x1": [x.to(dtype) for x in x1], "x0": [x.to(dtype) for x in x0], "y": y % 6, "t": t.to(dtype)}
+
+
+@pytest.mark.parametrize("name", ["PPFiT-T-2", "PPFiT-T-3"])
+def test_padded_rows_compute_the_same_losses_and_gradients(name):
+    """Every group of sizes and levels by itself, against rows of one length and a mask."""
+    step = Step(name, BENCH)
+    batch = mixed_batch(step, torch.float64)
+    model = random_model(name, CPU, **TINY).double()
+    ours = step.transport.training_losses(model, **batch)["loss"]
+    padded = step.transport.training_losses(PaddedRows(model), **batch, joint=True)["loss"]
+    torch.testing.assert_close(padded, ours, rtol=1e-12, atol=0)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(ours.sum(), parameters, materialize_grads=True)
+    found = torch.autograd.grad(padded.sum(), parameters, materialize_grads=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_padded_rows_predict_what_the_model_predicts_in_single_precision():
+    model = random_model("PPFiT-T-3", CPU, **TINY)
+    sizes, levels = [(8, 8), (4, 12), (12, 4), (8, 8)], [0, 1, 2, 2]
+    x = [torch.randn(2, 4, *size) for size in sizes]
+    t, y = torch.rand(4, 2).unbind(), [torch.tensor([0, 5])] * 4
+    with torch.no_grad():
+        expected, found = model(x, t, y, levels), PaddedRows(model)(x, t, y, levels)
+    for ours, padded, noisy in zip(expected, found, x, strict=True):
+        assert padded.shape == noisy.shape
+        torch.testing.assert_close(padded, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_images_have_the_sizes_of_training():
+    """Most of 256 tokens of 16x16 pixels in 4:3, 3:2 and squares; the order is mixed, and comes again."""
+    found = training.image_sizes(32)
+    assert set(found) == {(28, 36), (24, 40), (36, 28), (40, 24), (32, 32)}
+    assert found[:16] == found[16:]
+    assert all(height * width <= 4 * 256 for height, width in found)
+
+
 # -- Memory --------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +143,8 @@ def test_a_step_is_an_optimizer_step_of_the_loss():
     average = [parameter.clone() for parameter in step.ema.parameters()]
     reference = random_model("PPF-T-2", CPU)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-4)
-    terms = step.transport.training_losses(reference, step.x1, y=step.y, t=step.t, x0=step.x0)
+    _, x1, x0, y, t = step.batch
+    terms = step.transport.training_losses(reference, x1, y=y, t=t, x0=x0)
     terms["loss"].mean().backward()
     optimizer.step()
     step()
@@ -167,6 +212,33 @@ def test_the_tables_of_a_step(capsys, one_second):
         assert level == models[name].num_levels - 1
     separate, joint, packed = (int(row["activations MB"]) for row in found["PPF-T-3, 2+1+1 samples"])
     assert separate <= joint < packed
+
+
+def test_the_table_of_many_sizes(capsys, one_second):
+    flags = ["--batch-size", "6", "--repeats", "1", "--device", "cpu", "--sections", "sizes"]
+    training.main(["--model", "PPFiT-T-2", *flags])
+    printed = capsys.readouterr().out
+    finest, squares, mixed, padded = tables(printed)["PPFiT-T-2, a step of"]
+    model, transport = create_model("PPFiT-T-2"), create_transport(level_edges=(0.5,))
+    levels = transport.schedule.level_at(transport.sample_times(6, torch.Generator().manual_seed(0))).tolist()
+    pairs = list(zip(levels, training.image_sizes(6), strict=True))
+    tokens, macs = (sum(count(*pair) for pair in pairs) for count in (model.num_tokens, model.macs))
+    number = round(tokens / 256)
+    assert (int(finest["samples"]), int(finest["tokens"])) == (number, 256 * number)
+    assert (int(squares["groups"]), int(mixed["groups"])) == (2, len(set(pairs)))
+    assert int(mixed["tokens"]) == int(padded["tokens"]) == tokens
+    assert float(mixed["GMACs"]) == pytest.approx(3 * macs / 1e9, abs=0.06)
+    ratio = number * model.macs(1) / macs  # all take a second
+    assert float(mixed["time/GMACs"]) == pytest.approx(ratio, abs=1e-3)
+    assert f"times what the GMACs cost in squares: {ratio:.3f}; padded rows take 1.00 times as long" in printed
+
+
+def test_sections_refuse_models_of_another_kind(refuses, one_second):
+    flags = ["--device", "cpu", "--batch-size", "1", "--sections"]
+    assert "PPF-T-2 knows one alone" in refuses(training.main, "--model", "PPF-T-2", *flags, "sizes")
+    assert "no model of a single level to compare PPFiT-T-2" in refuses(
+        training.main, "--model", "PPFiT-T-2", *flags, "ratio"
+    )
 
 
 def test_the_parts_of_a_step(capsys, one_second):

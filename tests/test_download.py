@@ -117,7 +117,7 @@ def test_convert_from_the_command_line(tmp_path, capsys, refuses):
     config = {"model": model.config, "transport": {"path_type": "VP"}}
     vp = saved({"ema": model.state_dict(), "config": config}, tmp_path / "vp.pt")
     download.main(["convert", str(vp), str(tmp_path / "c.pt"), "--layout", "ppflow"])
-    assert "note: that layout has no place for {'path_type': 'VP'}" in capsys.readouterr().out
+    assert "note: that layout has no place for path_type VP: give it to" in capsys.readouterr().out
     assert "has no model with 4x4, 2x2" in refuses(
         download.main, "convert", given, tmp_path / "c.pt", "--layout", "sit"
     )

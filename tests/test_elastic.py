@@ -154,7 +154,10 @@ def test_ends_that_are_singular_for_any_level_are_left_out() -> None:
         ({"elastic": 1.5, "level_edges": (0.5,)}, "elastic is a probability"),
         ({"elastic": 0.5}, "leave elastic out"),
         ({"elastic": 0.5, "level_edges": (0.5,), "expert_levels": (1, 1)}, "leave elastic out"),
-        ({"expert_levels": (2, 2), "level_edges": (0.5,)}, "experts of [2, 2] levels, but the edges make 2: give 3 level edge(s)"),
+        (
+            {"expert_levels": (2, 2), "level_edges": (0.5,)},
+            "experts of [2, 2] levels, but the edges make 2: give 3 level edge(s)",
+        ),
         ({"elastic": 0.5, "level_edges": (0.7, 0.5)}, "level edges must ascend between 0 and 1"),
         ({"elastic": 0.5, "level_edges": (-0.1, 0.5)}, "level edges must ascend between 0 and 1"),
         ({"elastic": 0.5, "level_edges": (math.nan,)}, "level edges must ascend between 0 and 1"),

@@ -431,11 +431,29 @@ def test_files_of_experts_are_the_file_of_all_bit_for_bit(joint_run: Path, tmp_p
         assert torch.equal(samples(again), samples(joint))
 
 
+def test_the_step_of_every_expert_is_told(joint_run: Path, tmp_path: Path) -> None:
+    joint = Pipeline.load(joint_run)
+    config = checkpoint(joint_run, 6)["config"]
+    assert (joint.trained, joint.file_name) == ("step 6", "SiT-T-2-0000006")
+
+    def joined(*steps: int) -> Pipeline:
+        files = []
+        for number, interval in enumerate(((0, EDGE), (EDGE, 1))):
+            process = {**config["transport"], "level_edges": [], "interval": list(interval)}
+            files.append(convert_saved(joint.model.experts[number], tmp_path / f"{number}.pt", **process))
+            torch.save({**torch.load(files[-1]), "step": steps[number]}, files[-1])
+        return Pipeline.load(files)
+
+    same, others = joined(40, 40), joined(50, 40)
+    assert (same.step, same.trained, same.file_name) == (40, "step 40", "x-0000040")
+    assert (others.step, others.trained, others.file_name) == (40, "steps 50 + 40", "x-0000050+0000040")
+
+
 def test_the_commands_sample_from_several_files(alone_runs: list[Path], tmp_path: Path, capsys) -> None:
     files = [str(path) for path in alone_runs]
     flags = ["ODE", "--ckpt", *files, "--num-sampling-steps", "4"]
     sample.main([*flags, "--class-labels", "1", "--out", str(tmp_path / "a.png")])
-    assert "2 level(s)" in capsys.readouterr().out
+    assert "\n2 experts, 2 level(s) " in capsys.readouterr().out
     sample.main([*flags, "--class-labels", "1", "--offload-experts", "--out", str(tmp_path / "b.png")])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     sample_ddp.main([*flags, "--num-fid-samples", "2", "--offload-experts", "--sample-dir", str(tmp_path)])

@@ -71,7 +71,7 @@ def test_a_set_is_read_back_as_it_was_written(published, tmp_path):
     assert len(seen) == 2 * 5 + 2 * 2
 
 
-def test_conversion_continues(published, tmp_path, capsys):
+def test_conversion_continues(published, tmp_path, capsys, refuses):
     source, _, _ = published
     convert(source, tmp_path / "out")
     before = {file.name: file.stat().st_mtime_ns for file in shard_files(tmp_path / "out")}
@@ -81,6 +81,8 @@ def test_conversion_continues(published, tmp_path, capsys):
     assert before.keys() == after.keys()
     assert sum(before[name] != after[name] for name in before) == 1
     assert "5 images" in capsys.readouterr().out
+    for other in (["--dtype", "fp32"], ["--shard-size", 1]):
+        assert "other data or settings" in refuses(extract, "convert", source, tmp_path / "out", *other)
 
 
 def test_bad_sets_are_refused(published, tmp_path, refuses):

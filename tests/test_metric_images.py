@@ -310,11 +310,11 @@ def test_mixed_sizes_are_refused_with_two_of_them(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "2" / "10.png").write_bytes(png(PIXELS[0, :4]))
     message = refusal(path, range(N))
-    assert "00.png is 6x5 and" in message
-    assert "10.png 6x4: all images must have one size" in message
+    assert "00.png is 5x6 and" in message
+    assert "10.png 4x6: all images must have one size" in message
     made = shard_samples(tmp_path)
     ShardStore(made).write([8, 9, 10], PIXELS[:3, :4], None)
-    assert "6x4: all must have one size" in refusal(made)
+    assert "4x6: all must have one size" in refusal(made)
 
 
 def test_one_picture_is_refused(tmp_path: Path) -> None:

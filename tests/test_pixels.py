@@ -171,6 +171,7 @@ def test_its_weights_make_the_same_samples_wherever_they_are_saved(run: Path, tm
         ("--loss-weight min-snr --loss-weight-value 0", "must be a number above 0, got 0"),
         ("--loss-weight min-snr --loss-weight-value five", "invalid float value"),
         ("--loss-weight min-snr --loss-weight-value", "expected one argument"),
+        ("--loss-weight edm --loss-weight-value 1e-30", "loss_weight_value 1e-30 makes loss weight edm infinite"),
         ("--patch-sizes 3 2", "the 3x3 patch of level 0 does not divide the 8x8 input"),
         ("--patch-sizes 4x 2", "invalid patch value: '4x'"),
         ("--patch-sizes 4x2x1 2", "4x2x1 is no patch: give its side, or HxW as 4x8"),

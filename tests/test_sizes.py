@@ -70,6 +70,7 @@ def test_photographs_fill_most_of_their_tokens():
     assert rule.size_of(500, 375) == (224, 288)
     assert rule.size_of(375, 500) == (288, 224)
     assert rule.size_of(1024, 1024) == (256, 256) == (rule.square, rule.square)
+    assert rule.size_of(200, 150) == (128, 192)
     assert rule.size_of(100, 100) == (96, 96)  # not enlarged
     assert rule.size_of(10, 300) == (288, 32)  # but to the multiple
 

@@ -207,7 +207,7 @@ def test_references_that_do_not_fit_are_refused(tiny_run: Path, tmp_path: Path, 
     assert "does not exist" in refuses(main, tmp_path / "no.npz", *flags)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((3, 9, 10, 3), np.uint8))
     line = refuses(main, tmp_path / "large.npz", *flags)
-    assert "large.npz holds images of 10x9, and the samples are 8x8" in line
+    assert "large.npz holds images of 9x10, and the samples are 8x8" in line
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     assert "statistics" in refuses(main, tmp_path / "statistics.npz", *flags)
     assert not (tmp_path / "none").exists()

@@ -127,6 +127,9 @@ class Transport:
 
     def training_singularity(self) -> str | None:
         """Reason why the loss is not finite at an end of the training interval, which times reach; None if it is."""
+        middle = sum(self.train_interval) / 2
+        if self.loss_weight_value is not None and not self._numbers_at(middle, 0)[1].isfinite().all():
+            return f"loss_weight_value {self.loss_weight_value:g} makes loss weight {self.loss_weight} infinite"
         for end, levels in zip(self.train_interval, self.schedule.levels_at_ends, strict=True):
             for level in levels:
                 if not self._numbers_at(end, level)[1].isfinite().all():

@@ -36,10 +36,12 @@ class EvaluationCounter(Wrapper):
         super().__init__(model)
         self.progress = progress
         self.rows = [0] * model.num_levels  # samples evaluated at each level; a guided one counts two
+        self.together = [0] * model.num_levels  # the same, of the largest evaluation
         self.size: tuple[int, ...] | None = None  # (h, w) of the samples
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, level: int = 0) -> torch.Tensor:
         self.rows[level] += len(x)
+        self.together[level] = max(self.together[level], len(x))
         self.size = tuple(x.shape[2:])
         if self.progress is not None:
             self.progress.update(1)

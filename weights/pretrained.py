@@ -52,10 +52,11 @@ class TrainedWeights(NamedTuple):
     transport: dict[str, Any]  # arguments of create_transport
     vae: str  # "none" for pixels, or a diffusers id or path
     name: str  # in the registry if it has a model of these sizes, else a description; of experts --model of their run
-    step: int  # of training; 0 if unknown
+    step: int  # of training; 0 if unknown; of experts that were trained alone the smallest
     scaling: dict[str, Any] | None = None  # of the latents, if it is not the autoencoder's own
     stated: frozenset[str] = frozenset()  # keys of `transport` that the file gives, or all for published weights
     level_errors: LevelErrors | None = None  # of elastic levels
+    steps: tuple[int, ...] = ()  # of each of the experts that were trained alone
 
 
 def load_pretrained(
@@ -184,6 +185,7 @@ def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
         step=min(part.step for _, part in parts),
         stated=frozenset.intersection(*(part.stated for _, part in parts)),
         level_errors=LevelErrors.joined([(part.level_errors, part.model.num_levels) for _, part in parts]),
+        steps=tuple(part.step for _, part in parts),
     )
 
 
