@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from models import MODELS, Groups, PyramidalPatchDiT, canonical_name, create_model
 
-MODEL_CARD = Path(__file__).parent / "weights" / "expert_card.md"  # a template
+EXPERT_CARD = Path(__file__).parent / "weights" / "expert_card.md"  # a template
 
 
 def _shared(name: str) -> property:
@@ -163,9 +163,9 @@ class ExpertPatchDiT(
         return super()._from_pretrained(strict=strict, **kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md of saved experts: MODEL_CARD, filled in with the config and the keyword arguments."""
+        """The README.md of saved experts: EXPERT_CARD, filled in with the config and the keyword arguments."""
         fields = {**self.config, "description": self.describe(), "num_levels": self.num_levels, **kwargs}
-        return ModelCard.from_template(self._hub_mixin_info.model_card_data, template_path=str(MODEL_CARD), **fields)
+        return ModelCard.from_template(self._hub_mixin_info.model_card_data, template_path=str(EXPERT_CARD), **fields)
 
     # -- Evaluation ----------------------------------------------------------------------------------------------
 

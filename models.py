@@ -325,7 +325,8 @@ class PyramidalPatchDiT(
             raise ValueError(f"level {level} is out of range: the model has {self.num_levels} level(s)")
         condition = self.t_embedder(t) + self.y_embedder(y)
         if self.num_levels > 1:
-            condition = condition + self.level_embedder.embedding_table.weight[level]
+            # By a call of the table, not by its weight: hooks on modules bring weights that are elsewhere (offloading).
+            condition = condition + self.level_embedder(torch.full((1,), level, device=y.device))
         return condition
 
     def tokens(self, x: torch.Tensor, level: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ from transport import (
     ODE_METHODS,
     SDE,
     SDE_METHODS,
+    STEPWISE_METHODS,
     Sampler,
     bits_per_dim,
     create_transport,
@@ -250,6 +251,34 @@ def test_the_state_at_an_edge_is_the_flow_there():
     state = sampler.sample_ode(network, x0, **PRECISE, levels=range(0, 2))
     expected = DATA.flow("VP", x0 * numbers("VP", 0.0)[1], 0.0, ODD_EDGES[1])
     torch.testing.assert_close(state, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "reverse"), [way for way in EVERY_WAY if way[0] in STEPWISE_METHODS])
+def test_each_step_is_told_and_may_be_changed(method: str, reverse: bool):
+    sampler, network = make(edges=(0.5,))
+    x, settings = noise(6), {"method": method, "num_steps": (2, 4), "reverse": reverse}
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    def watch(t: float, state: torch.Tensor) -> torch.Tensor:
+        seen.append((t, state))
+        return state
+
+    watched = sampler.sample_ode(network, x, **settings, on_step=watch)
+    assert torch.equal(watched, sampler.sample_ode(network, x, **settings))
+    ends = [0.25, 0.5, 0.625, 0.75, 0.875, 1.0]
+    assert [t for t, _ in seen] == ([0.875, 0.75, 0.625, 0.5, 0.25, 0.0] if reverse else ends)
+    assert torch.equal(seen[-1][1], watched)
+    half = sampler.sample_ode(network, x, **settings, levels=range(1, 2) if reverse else range(0, 1))
+    assert torch.equal(dict(seen)[0.5], half)
+    doubled = sampler.sample_ode(network, x, **settings, on_step=lambda t, state: 2 * state if t == 0.5 else state)
+    rest = sampler.sample_ode(network, 2 * half, **settings, levels=range(0, 1) if reverse else range(1, 2))
+    assert torch.equal(doubled, rest)
+
+
+def test_methods_that_do_not_tell_their_steps_say_so():
+    sampler, network = make()
+    with pytest.raises(ValueError, match="dopri5 does not tell its steps: choose one of euler"):
+        sampler.sample_ode(network, noise(2), method="dopri5", on_step=lambda t, state: state)
 
 
 def test_levels_that_are_not_there_are_refused():

@@ -17,6 +17,7 @@ from transport.solvers import (
     ODE_METHODS,
     SDE,
     SDE_METHODS,
+    STEPWISE_METHODS,
     check_ode_method,
 )
 from transport.times import TIME_SAMPLINGS
@@ -36,6 +37,7 @@ __all__ = [
     "PREDICTIONS",
     "SDE",
     "SDE_METHODS",
+    "STEPWISE_METHODS",
     "TIME_SAMPLINGS",
     "ClassifierFreeGuidance",
     "ExpertPart",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy import special
 
 # One generator for a batch, or one for each sample of it.
 Generator = torch.Generator | Sequence[torch.Generator] | None
@@ -97,6 +96,8 @@ class StudentTNoise:
         z is GaussianNoise's, and g the quantile of one more number of the same generator: the same seed draws the
         same picture at every D. Nothing waits for a GPU, unless the generator is one of a GPU.
         """
+        from scipy import special  # here: exported pipelines of Gaussian noise run without it
+
         on_gpu = isinstance(generator, torch.Generator) and generator.device.type != "cpu"
         normal = randn(shape, generator, generator.device if on_gpu else "cpu", dtype)
         if generator is None or isinstance(generator, torch.Generator):
@@ -111,6 +112,8 @@ class StudentTNoise:
 
     def log_prob(self, x0: torch.Tensor) -> torch.Tensor:
         """Log-density of x0 (N, ...) in nats, shape (N,), computed in float64."""
+        from scipy import special
+
         dimensions, half = x0[0].numel(), self.dof / 2
         # log Gamma((N + D) / 2) - log Gamma(D / 2) by the beta function, which loses nothing where D is large
         gammas = float(special.gammaln(dimensions / 2) - special.betaln(half, dimensions / 2))

@@ -17,7 +17,10 @@ from transport.solvers import (
     DIFFUSION_FORMS,
     ODE,
     SDE,
+    STEPWISE_METHODS,
+    OnStep,
     check_ode_method,
+    go_on,
     solve_dpmpp_2m,
     solve_ode,
     solve_sde,
@@ -75,6 +78,7 @@ class Sampler:
         y: torch.Tensor | None = None,
         reverse: bool = False,
         levels: range | None = None,
+        on_step: OnStep | None = None,
     ) -> torch.Tensor:
         """Follow the probability-flow ODE dx/dt = v(x, t) from noise to data (SiT, equation 2).
 
@@ -91,16 +95,20 @@ class Sampler:
             y:         (N,) class ids
             reverse:   go from data to noise
             levels:    walk these levels alone, with the steps that they have in the whole trajectory; None for all
+            on_step:   called after each step with its end t and the state there; the walk goes on from what it returns.
+                       For methods in STEPWISE_METHODS
 
         Returns:
             (N, ...) data, or noise with reverse; the state at the last edge of levels that do not end there.
 
         Raises:
-            ValueError: if the method is unknown or does not solve in this direction, there are fewer steps than
-                intervals, or the levels do not match.
+            ValueError: if the method is unknown, does not solve in this direction or does not tell its steps, there are
+                fewer steps than intervals, or the levels do not match.
             FloatingPointError: if an adaptive method fails.
         """
         check_ode_method(method, noise_to_data=not reverse)
+        if on_step is not None and method not in STEPWISE_METHODS:
+            raise ValueError(f"{method} does not tell its steps: choose one of {', '.join(STEPWISE_METHODS)}")
         start, stop = self.transport.sample_interval
         if reverse:
             start, stop = stop, start
@@ -111,10 +119,10 @@ class Sampler:
         for interval, steps in plan:
             if method == "dpmpp_2m":
                 data = self._estimate(model, interval, y, "data")
-                x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma)
+                x = solve_dpmpp_2m(data, x, interval.start, interval.stop, steps, self._alpha_sigma, on_step or go_on)
             else:
                 velocity = self._estimate(model, interval, y, "velocity")
-                x = solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol)
+                x = solve_ode(velocity, x, interval.start, interval.stop, method, steps, atol, rtol, on_step or go_on)
         return x / self._boundary(stop) if plan[-1][0].stop == stop else x
 
     # -- SDE -----------------------------------------------------------------------------------------------------

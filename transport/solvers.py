@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torchdiffeq import odeint
 
 from transport.noise import Generator, randn
 from transport.paths import Coefficients
@@ -37,8 +36,9 @@ RUNGE_KUTTA = {
     # Kutta's 3/8 rule: a smaller error than that of the better known method
     "rk4": Tableau((0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
+STEPWISE_METHODS = (*RUNGE_KUTTA, "ab2", "dpmpp_2m")  # solved here, step by step
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
-FIXED_METHODS = (*RUNGE_KUTTA, "ab2", "dpmpp_2m", *ADAMS)
+FIXED_METHODS = (*STEPWISE_METHODS, *ADAMS)
 RUNGE_KUTTA_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 ADAPTIVE_METHODS = (*RUNGE_KUTTA_ADAPTIVE, "scipy_solver")
 ODE_METHODS = (*FIXED_METHODS, *ADAPTIVE_METHODS)
@@ -58,6 +58,12 @@ LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
 State = torch.Tensor | tuple[torch.Tensor, ...]
 Field = Callable[[torch.Tensor, State], State]  # (time as a 0-d tensor, state) -> derivative
+OnStep = Callable[[float, State], State]  # (time, state) after a step -> the state to go on from
+
+
+def go_on(t: float, state: State) -> State:
+    """Leave the state as a step left it: the OnStep of a walk that nobody watches."""
+    return state
 
 
 # -- Settings ------------------------------------------------------------------------------------------------------
@@ -160,7 +166,15 @@ def check_ode_method(method: str, noise_to_data: bool) -> None:
 
 
 def solve_ode(
-    field: Field, state: State, start: float, stop: float, method: str, num_steps: int, atol: float, rtol: float
+    field: Field,
+    state: State,
+    start: float,
+    stop: float,
+    method: str,
+    num_steps: int,
+    atol: float,
+    rtol: float,
+    on_step: OnStep = go_on,
 ) -> State:
     """Solve d state / dt = field(t, state) from start to stop, in either direction.
 
@@ -171,6 +185,7 @@ def solve_ode(
         num_steps: equal steps of a fixed-step method; the adaptive ones choose their own
         atol:      absolute error tolerance per element of the state, adaptive methods
         rtol:      relative error tolerance
+        on_step:   called after each step of the methods in STEPWISE_METHODS; the others keep their steps to themselves
 
     Raises:
         ValueError: if the method is unknown, or is not for every ODE.
@@ -178,10 +193,10 @@ def solve_ode(
     """
     check_ode_method(method, noise_to_data=False)
     if method in RUNGE_KUTTA:
-        return _solve_runge_kutta(field, state, _grid(start, stop, num_steps), RUNGE_KUTTA[method])
+        return _solve_runge_kutta(field, state, _grid(start, stop, num_steps), RUNGE_KUTTA[method], on_step)
     if method == "ab2":
         times = _grid(start, stop, num_steps)
-        return _solve_multistep(field, state, times, times, lambda x, slope, a, b: _add(x, (b - a, slope)))
+        return _solve_multistep(field, state, times, times, lambda x, slope, a, b: _add(x, (b - a, slope)), on_step)
     return _solve_torchdiffeq(field, state, start, stop, method, num_steps, atol, rtol)
 
 
@@ -192,6 +207,7 @@ def solve_dpmpp_2m(
     stop: float,
     num_steps: int,
     alpha_sigma: Callable[[float], tuple[float, float]],
+    on_step: OnStep = go_on,
 ) -> torch.Tensor:
     """Follow the probability-flow ODE by DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2) in equal steps of t.
 
@@ -203,6 +219,7 @@ def solve_dpmpp_2m(
         start:         towards noise; sigma is not zero there
         stop:          towards data
         alpha_sigma:   the path's two factors at a time
+        on_step:       called after each step
     """
 
     def half_log_snr(t: float) -> float:
@@ -215,16 +232,17 @@ def solve_dpmpp_2m(
         return _add(decay * x, (alpha_b - alpha_a * decay, data))
 
     times = _grid(start, stop, num_steps)
-    return _solve_multistep(expected_data, x, times, [half_log_snr(t) for t in times], advance)
+    return _solve_multistep(expected_data, x, times, [half_log_snr(t) for t in times], advance, on_step)
 
 
-def _solve_runge_kutta(field: Field, state: State, times: Sequence[float], tableau: Tableau) -> State:
+def _solve_runge_kutta(field: Field, state: State, times: Sequence[float], tableau: Tableau, on_step: OnStep) -> State:
     for a, b in pairwise(times):
         h, slopes = b - a, []
         for node, row in zip(tableau.nodes, tableau.matrix, strict=True):
             stage = _add(state, *((h * weight, slope) for weight, slope in zip(row, slopes, strict=True)))
             slopes.append(field(_scalar(b if node == 1 else a + node * h, state), stage))
         state = _add(state, *((h * weight, slope) for weight, slope in zip(tableau.weights, slopes, strict=True)))
+        state = on_step(b, state)
     return state
 
 
@@ -234,6 +252,7 @@ def _solve_multistep(
     times: Sequence[float],
     clock: Sequence[float],
     advance: Callable[[State, State, float, float], State],
+    on_step: OnStep,
 ) -> State:
     """Second order for one evaluation a step: slopes d are extrapolated to the middle of the step, linearly in a clock.
 
@@ -252,15 +271,16 @@ def _solve_multistep(
     current = slope(_scalar(times[0], state), state)
     tried = advance(state, current, times[0], times[1])
     if len(times) == 2:
-        return tried
+        return on_step(times[1], tried)
     previous, current = current, slope(_scalar(times[1], state), tried)
     state = advance(state, _add(current, (-0.5, current), (0.5, previous)), times[0], times[1])
+    state = on_step(times[1], state)
     for n in range(1, len(times) - 1):
         if n > 1:
             previous, current = current, slope(_scalar(times[n], state), state)
         weight = _extrapolation(*clock[n - 1 : n + 2])
         slopes = _add(current, (weight, current), (-weight, previous))
-        state = advance(state, slopes, times[n], times[n + 1])
+        state = on_step(times[n + 1], advance(state, slopes, times[n], times[n + 1]))
     return state
 
 
@@ -277,6 +297,8 @@ def _extrapolation(before: float, now: float, after: float) -> float:
 def _solve_torchdiffeq(
     field: Field, state: State, start: float, stop: float, method: str, num_steps: int, atol: float, rtol: float
 ) -> State:
+    from torchdiffeq import odeint  # here: exported pipelines, whose users need not have it, do without these methods
+
     low, high = min(start, stop), max(start, stop)
     device = _parts(state)[0].device
     times = torch.tensor([start, stop], dtype=torch.float64, device=device)

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from experts import ExpertPatchDiT
 from models import PyramidalPatchDiT
 
+PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a component of a pipeline of diffusers
+
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a file onto the CPU: a state dict, or a checkpoint, a dict of state dicts and other training state.
@@ -46,18 +48,34 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """A safetensors file as a checkpoint: its config is in its metadata, or next to it (save_pretrained)."""
+    """A safetensors file as a checkpoint: its config is in its metadata, next to it (save_pretrained), or around it."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "config" in metadata:
         return {"ema": state, "config": json.loads(metadata["config"]), "step": int(metadata["step"])}
+    if path.name == PIPELINE_WEIGHTS and (path.parents[1] / "model_index.json").is_file():
+        return _as_checkpoint(path.parents[1], state)
     beside = path.with_name("config.json")
     if path.name == "model.safetensors" and beside.is_file():
         config = json.loads(beside.read_text())
         names = [name for kind in (PyramidalPatchDiT, ExpertPatchDiT) for name in inspect.signature(kind).parameters]
         return {"ema": state, "config": {**config, "model": {key: config[key] for key in names if key in config}}}
     return state
+
+
+def _as_checkpoint(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A folder that download.py export wrote for diffusers, with the weights of its transformer, as a checkpoint."""
+    files = "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"
+    index, transformer, scheduler = (json.loads((folder / file).read_text(encoding="utf-8")) for file in files)
+    config = {
+        "model": transformer["architecture"],
+        "rope_scaling": transformer["rope_scaling"],
+        "transport": scheduler,
+        "vae": "none" if index["vae"][0] is None else str(folder / "vae"),
+        "scaling": index["scaling"],
+    }
+    return {"ema": {name.removeprefix("network."): tensor for name, tensor in state.items()}, "config": config}
 
 
 def choose_weights(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
 from transport import LevelErrors, PatchSchedule, create_transport
 from transport.predictions import predictions_of
-from weights.files import choose_weights, read_file
+from weights.files import PIPELINE_WEIGHTS, choose_weights, read_file
 from weights.fit import authors_scaling
 from weights.layouts import (
     export_state_dict,
@@ -69,7 +69,8 @@ def load_pretrained(
 
     Args:
         name_or_path: PPF-XL-2, SiT-XL/2 or another of PUBLISHED, downloaded on first use; a run's folder for its newest
-                      checkpoint; a folder of save_pretrained; or a file in SiT's, PPFlow's, FiT's or our layout.
+                      checkpoint; a folder of save_pretrained or of download.py export; or a file in SiT's, PPFlow's,
+                      FiT's or our layout.
                       Several of them, in any order, if each is an expert for a part of time
         weights:      "ema", or "model" for the last ones of a training checkpoint
         cache_dir:    where downloads are kept (default: PPFLOW_CACHE, or ~/.cache/ppflow)
@@ -89,7 +90,7 @@ def load_pretrained(
 
 def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, **overrides: Any) -> TrainedWeights:
     path = _locate(name_or_path, cache_dir)
-    published = None if _exists(name_or_path) else PUBLISHED[published_name(str(name_or_path))]
+    published = PUBLISHED[published_name(str(name_or_path))] if is_published(name_or_path) else None
     overrides = {**published.fields, **overrides} if published else overrides
     checkpoint = read_file(path)
     state, source = choose_weights(checkpoint, weights, path), str(path)
@@ -263,6 +264,11 @@ def _describe(model: PyramidalPatchDiT) -> str:
     return f"PyramidalPatchDiT {patches}, {model.depth} blocks, {model.hidden_size} wide"
 
 
+def is_published(source: str | Path | Sequence[str | Path]) -> bool:
+    """True for what load_pretrained would take for a name of published weights."""
+    return isinstance(source, (str, Path)) and not _exists(source)
+
+
 def _exists(name_or_path: str | Path) -> bool:
     """True for a file or folder, false for the name of published weights."""
     return Path(name_or_path).expanduser().exists()
@@ -276,7 +282,10 @@ def _locate(name_or_path: str | Path, cache_dir: str | Path | None) -> Path:
         raise FileNotFoundError(f"{name_or_path}: {error}") from error
     if path.is_dir():
         run = path.parent if path.name == "checkpoints" else path
-        file = path / "model.safetensors" if (path / "model.safetensors").is_file() else newest_checkpoint(run)
+        saved = [
+            file for file in (path / "model.safetensors", path / "transformer" / PIPELINE_WEIGHTS) if file.is_file()
+        ]
+        file = saved[0] if saved else newest_checkpoint(run)
         if file is None:
             raise FileNotFoundError(f"{path} holds neither checkpoints/*.pt nor model.safetensors")
         return file
