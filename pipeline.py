@@ -7,6 +7,7 @@ images = pipe.images([207, 360], ODE(num_steps=50), Guidance(4.0), seed=1)
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,11 +32,11 @@ from runtime.errors import note
 from runtime.memory import check_evaluation
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, Sampler, Transport, create_transport
+from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, create_transport, edges_for
 from transport.grids import Grid
 from transport.solvers import check_ode_method
 from transport.wrappers import EvaluationCounter, FinestLevel, Wrapper, Zero
-from weights.pretrained import load_pretrained
+from weights.pretrained import check_claims, load_pretrained
 
 DEFAULT_ODE = ODE()
 UNGUIDED = Guidance()
@@ -48,15 +49,16 @@ class Pipeline:
     """A trained network, the process it was trained for, and the autoencoder of its latents.
 
     Args:
-        model:       the network
-        transport:   the process
-        autoencoder: or its name ("none" for pixels): it is then read or fetched when first needed
-        scaling:     of the latents, where it is not the autoencoder's own
-        name:        of the network, for people
-        source:      the file that it comes from, for messages
-        step:        of training; 0 if unknown; of experts that were trained alone the smallest
-        changed:     settings of the process that `load` changed
-        steps:       of each of the experts that were trained alone
+        model:        the network
+        transport:    the process
+        autoencoder:  or its name ("none" for pixels): it is then read or fetched when first needed
+        scaling:      of the latents, where it is not the autoencoder's own
+        name:         of the network, for people
+        source:       the file that it comes from, for messages
+        step:         of training; 0 if unknown; of experts that were trained alone the smallest
+        changed:      settings of the process that `load` changed
+        steps:        of each of the experts that were trained alone
+        level_errors: of elastic levels in training, by which budgets are met
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Pipeline:
         changed: Mapping[str, Any] | None = None,
         source: str = "",
         steps: Sequence[int] = (),
+        level_errors: LevelErrors | None = None,
     ) -> None:
         self.model = model
         self.transport = transport
@@ -79,6 +82,7 @@ class Pipeline:
         self.steps = tuple(steps) if len(set(steps)) > 1 else (step,)
         self.scaling = scaling
         self.changed = dict(changed or {})
+        self.level_errors = level_errors
         self.precision = "fp32"
         self.offloaded: OneExpertAtATime | None = None
         self._autoencoder = autoencoder
@@ -141,6 +145,9 @@ class Pipeline:
         used = ("path_type", "prediction", "sample_eps", "level_edges", "aug_dim")
         transport = create_transport(**config | {name: given[name] for name in used if name in given})
         transport.check_levels(file.model)
+        if pieces := own.schedule.not_trained(transport.schedule):
+            parts = ", ".join(f"level {level} for t in [{low:g}, {high:g}]" for level, low, high in pieces)
+            note(f"{source} was not trained with {parts}: only train.py --elastic trains levels for other edges")
         before, after = (
             {
                 "path_type": each.path.name,
@@ -152,7 +159,8 @@ class Pipeline:
         )
         changed = {name: value for name, value in after.items() if value != before[name]}
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
-        return cls(file.model, transport, vae or file.vae, scaling, file.name, file.step, changed, source, file.steps)
+        origin = file.name, file.step, changed, source, file.steps, file.level_errors
+        return cls(file.model, transport, vae or file.vae, scaling, *origin)
 
     def to(
         self,
@@ -288,12 +296,16 @@ class Pipeline:
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
         size: Sequence[int] | None = None,
+        budget: float | None = None,
     ) -> torch.Tensor:
         """Draw images (N, C, H, W) in about [-1, 1]; see `latents`.
 
         Args:
-            size: height and width of the images, for networks with rotary positions; None for `image_size`
+            size:   height and width of the images, for networks with rotary positions; None for `image_size`
+            budget: share of the finest level's arithmetic, see `at_budget`; None for the level edges as they are
         """
+        if budget is not None:
+            return self.at_budget(budget, solver, guidance).images(labels, solver, guidance, generators, seed, size)
         if size is not None:
             size = self.model.input_size_of(size, self.autoencoder.factor)
         return self.autoencoder.decode(self.latents(labels, solver, guidance, generators, seed, size=size))
@@ -454,6 +466,38 @@ class Pipeline:
         check_evaluation(self.model, counter.together, batch, *where)
         return counter
 
+    def at_budget(self, budget: float, solver: Solver = DEFAULT_ODE, guidance: Guidance = UNGUIDED) -> Pipeline:
+        """The same network with level edges for a share of the arithmetic that the finest level alone would take.
+
+        The edges are those of `transport.budgets`, for samples of the network's own size with this solver and this
+        guidance; they meet the budget within a step of the finest level. The network is trained with elastic levels.
+
+        Raises:
+            ValueError: if it was not, the share cannot be had, or the solver has not one number of steps for all.
+        """
+        schedule = self.transport.schedule
+        if not schedule.elastic:
+            raise ValueError(
+                f"{self.source} was trained at its level edges alone: leave --budget out, or train --elastic"
+            )
+        if self.level_errors is None:
+            raise ValueError(f"{self.source} does not tell its levels' errors: give --level-edges instead of --budget")
+        if solver.adaptive or not isinstance(solver.num_steps, int):
+            raise ValueError("a budget counts steps: give a method of fixed steps, and one number for all levels")
+        starts = [schedule.edges[levels.start] for levels in schedule.experts]
+        macs = [self.model.macs(level) for level in range(schedule.num_levels)]
+        latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
+
+        def at_edges(edges: tuple[float, ...]) -> Pipeline:
+            other = self._with_model(self.model)
+            other.transport = self.transport.with_edges(edges)
+            return other
+
+        def cost(edges: tuple[float, ...]) -> float:
+            return sum(map(operator.mul, at_edges(edges).check(solver, guidance).rows, macs))
+
+        return at_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
+
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on.
 
@@ -474,11 +518,3 @@ class Pipeline:
         other = copy.copy(self)
         other.model = model
         return other
-
-
-def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
-    """Refuse settings that say something else of weights than they do themselves (ValueError); None says nothing."""
-    for name, value in claimed.items():
-        if value is not None and name in actual and value != actual[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value}, but {source} was trained with {actual[name]}: leave {flag} out")

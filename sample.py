@@ -55,7 +55,7 @@ def build_parser() -> cli.ArgumentParser:
         add("--seed", type=cli.natural_int, default=0, help="seed of noise and probes")
         add("--out", type=cli.some_text, help="file to write (default: samples.png, likelihood.json or reverse.png)")
         add("--compare-finest", action="store_true", help="also time the same network at its finest level only")
-        cli.add_model_args(command, None, "default: 4, or 1 with --likelihood and --reverse")
+        cli.add_model_args(command, None, "default: 4, or 1 with --likelihood and --reverse", budgets="+")
         if mode == "SDE":
             cli.add_sde_args(command)
             continue
@@ -79,12 +79,15 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--likelihood and --reverse are two questions: give one of them")
     if given_images and not args.data_path:
         parser.error("--likelihood and --reverse need --data-path: 'digits', or a folder or zip archive of images")
+    if args.step_grid == "auto" and args.budget:
+        parser.error("--step-grid auto is measured for given --level-edges, not for --budget; sample_ddp.py takes both")
     for name, takes_effect in (
         ("data_path", given_images),
         ("num_images", given_images),
         ("num_probes", args.likelihood),
         ("class_labels", not given_images),
         ("compare_finest", not given_images),
+        ("budget", not given_images),
     ):
         if getattr(args, name) and not takes_effect:
             wanted = "--likelihood" if name == "num_probes" else "--likelihood or --reverse"
@@ -97,19 +100,30 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: Guidance, out: str) -> None:
-    """Draw the labels' images, save them as a grid and report what they cost."""
+    """Draw the labels' images, save them as a grid and report what they cost; several budgets have a row each."""
     num_classes = pipe.model.num_classes
     labels = shown_classes(num_classes) if args.class_labels is None else args.class_labels
     for label in labels:
         if label >= num_classes:
             raise UserError(f"class label {label} is out of range: the model knows 0 to {num_classes - 1}")
     labels = [label for label in labels for _ in range(args.samples_per_class)]
-    images, cost = timed_samples(pipe, labels, solver, guidance, args)
+    ways = {kind_of(pipe): pipe}
+    if args.budget:
+        with user_input():
+            ways = {f"budget {budget:g}": pipe.at_budget(budget, solver, guidance) for budget in args.budget}
+    grids, rows = [], []
+    for name, way in ways.items():
+        images, cost = timed_samples(way, labels, solver, guidance, args)
+        grids.append(images)
+        rows.append((name, cost))
+        if args.budget:
+            print(f"{name}: --level-edges {' '.join(f'{edge:g}' for edge in way.transport.schedule.level_edges)}")
     columns = args.samples_per_class if args.samples_per_class > 1 else math.ceil(math.sqrt(len(labels)))
+    columns = len(labels) if len(grids) > 1 else columns
     with user_input():
-        save_grid(images, out, columns)
-    print(f"{len(labels)} images, {args.mode} {solver.method}, {pipe.trained} of {pipe.name}: {out}")
-    rows = [(kind_of(pipe), cost)]
+        save_grid(torch.cat(grids), out, columns)
+    count = len(grids) * len(labels)
+    print(f"{count} images, {args.mode} {solver.method}, {pipe.trained} of {pipe.name}: {out}")
     if args.compare_finest:
         steps = solver.num_steps if isinstance(solver.num_steps, int) else sum(solver.num_steps)
         at_finest = replace(solver, num_steps=steps), replace(guidance, scales=guidance.scales[-1:], null_level=None)
@@ -117,7 +131,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
     print(f"{'':22}{'NFE':>8}{'GMACs/image':>14}{'seconds':>10}")
     for name, (nfe, gmacs, seconds) in rows:
         print(f"{name:22}{nfe:8.1f}{gmacs:14.3f}{seconds:10.2f}")
-    if args.compare_finest:
+    if args.compare_finest and len(grids) == 1:
         (_, gmacs, seconds), (_, finest_gmacs, finest_seconds) = rows[0][1], rows[1][1]
         print(f"{'the pyramid saves':22}{'':8}{finest_gmacs / gmacs:13.2f}x{finest_seconds / seconds:9.2f}x")
 

@@ -151,8 +151,9 @@ def folder_name(job: Job) -> str:
         parts = ("x".join(map(str, job.pipe.image_size)), scaling.kind, scaling.attention_scale)
         network = "-".join([network, *filter(None, parts)])
     kind = "-latents" if job.args.latents else ""
-    grid = "-auto" if grid_of(job.solver) else ""
-    sampler = f"{job.args.mode}-{job.solver.method}-{steps}{grid}"
+    sampler = f"{job.args.mode}-{job.solver.method}-{steps}"
+    sampler += "-auto" if grid_of(job.solver) else ""
+    sampler += "" if job.args.budget is None else f"-budget-{job.args.budget:g}"
     return f"{network}-{sampler}-cfg-{scales}-seed-{job.args.global_seed}{kind}"
 
 
@@ -342,6 +343,8 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
+    if args.budget is not None:
+        pipe = pipe.at_budget(args.budget, solver, guidance)
     cost = pipe.check(solver, guidance, likelihood, batch=min(args.per_proc_batch_size, args.num_fid_samples))
     cli.warn_of_null_level(pipe, guidance.null_level)
     return Job(args, pipe, solver, guidance, cost), digest
@@ -357,7 +360,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     job, digest = agree(lambda: set_up(args, processes), processes)
     solver = on_main(lambda: cli.step_grid_from(args, job.pipe, job.solver, job.guidance, digest), processes)
     if grid_of(solver):
-        job = job._replace(solver=solver, cost=job.pipe.check(solver, job.guidance))
+        pipe = job.pipe
+        if args.budget is not None:  # the grid moves steps between the levels
+            with user_input():
+                pipe = pipe.at_budget(args.budget, solver, job.guidance)
+        job = job._replace(pipe=pipe, solver=solver, cost=pipe.check(solver, job.guidance))
 
     def find_missing() -> tuple[Path, list[int]]:
         folder = prepare_folder(job, digest)

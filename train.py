@@ -34,7 +34,7 @@ from metrics.training import TrainingEvaluation
 from pipeline import Pipeline
 from runtime import checkpoints, distributed, health, logs, memory, parallel, preemption, rng, run, speed
 from runtime.errors import run_script
-from transport import ODE, ExpertPart, Transport, create_transport, samples
+from transport import ODE, ExpertPart, LevelErrors, Transport, create_transport, samples
 from transport.samples import Samples
 from weights.pretrained import initialize_from
 
@@ -83,6 +83,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     loss: nn.Module  # transport.training_losses of the model, averaging gradients over the processes
     evaluation: TrainingEvaluation | None
+    level_meter: logs.LevelMeter | None  # None where levels are not elastic
     start_step: int
 
 
@@ -230,6 +231,10 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     if stored:
         parallel.load_optimizer(optimizer, stored["opt"])
     loss = parallel.loss_module(model, transport)
+    level_meter = None
+    if transport.schedule.elastic:
+        kept = LevelErrors(**stored["level_errors"]) if stored and processes.is_main else None
+        level_meter = logs.LevelMeter(model.num_levels, processes.device, kept)
 
     data = f"{args.data_path}: {len(dataset):,} images, {dataset.num_classes} classes"
     notes += transport.rare_levels(args.global_batch_size)
@@ -238,7 +243,8 @@ def set_up(args: argparse.Namespace, given: set[str], signals: preemption.Preemp
     if start_step:
         this_run.say(f"continuing from step {start_step}, {source}")
     return Training(
-        args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, evaluation, start_step
+        *(args, processes, dataset, autoencoder, transport, model, ema, optimizer, loss, evaluation),
+        *(level_meter, start_step),
     ), this_run
 
 
@@ -296,6 +302,7 @@ class Batch:
     images: Samples  # (n, C, H, W), or x_1 itself where nothing is encoded; of many sizes a list of (C, H, W)
     y: torch.Tensor  # (n,) class ids
     t: torch.Tensor  # (n,) times, on the CPU so that no device is waited for
+    level: torch.Tensor  # (n,), on the CPU as well
     x0: Samples  # (n, C, h, w) noise, or a list
 
 
@@ -307,11 +314,10 @@ def noise_shapes(t: Training, images: Samples) -> Sequence[int] | list[Sequence[
     return [t.autoencoder.latent_shape(image.shape) if encoded else tuple(image.shape) for image in images]
 
 
-def count_tokens(t: Training, times: torch.Tensor, shapes: Sequence[int] | list[Sequence[int]]) -> int:
-    """Tokens that go through the network for samples at these times (n,)."""
-    levels = t.transport.schedule.level_at(times).tolist()
+def count_tokens(t: Training, levels: torch.Tensor, shapes: Sequence[int] | list[Sequence[int]]) -> int:
+    """Tokens that go through the network for samples of these levels (n,)."""
     sizes = [None] * len(levels) if isinstance(shapes[0], int) else [tuple(shape[1:]) for shape in shapes]
-    return sum(t.model.num_tokens(level, size) for level, size in zip(levels, sizes, strict=True))
+    return sum(t.model.num_tokens(level, size) for level, size in zip(levels.tolist(), sizes, strict=True))
 
 
 def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, torch.Tensor]:
@@ -324,7 +330,7 @@ def forward_backward(t: Training, batch: Batch, micro_batch: int) -> dict[str, t
         if t.dataset.kind == "images":
             x1 = t.autoencoder.encode(x1, order.posterior_generators(t.args.global_seed, batch.positions[part]))
         with speed.use_precision(t.args.precision, t.processes.device):
-            terms = t.loss(x1, batch.y[part], batch.t[part], batch.x0[part])
+            terms = t.loss(x1, batch.y[part], batch.t[part], batch.x0[part], batch.level[part])
         (terms["loss"].mean() / t.args.gradient_accumulation_steps).backward()
         values = {key: terms[key].detach().float() for key in ("loss", "velocity_error")}
         parts.append({**values, "level": terms["level"]})
@@ -359,7 +365,7 @@ def train_steps(t: Training, this_run: run.Run) -> None:
         # Random numbers and learning rate of this step
         settings = args.global_seed, args.global_batch_size, args.class_dropout_prob
         shapes = noise_shapes(t, images)
-        times, x0, drop = rng.draw_step(step, positions, shapes, t.transport, *settings)
+        times, levels, x0, drop = rng.draw_step(step, positions, shapes, t.transport, *settings)
         y = labels.masked_fill(drop, model.num_classes)
         images, y, x0 = (samples.to(values, device) for values in (images, y, x0))
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
@@ -367,9 +373,11 @@ def train_steps(t: Training, this_run: run.Run) -> None:
             group["lr"] = lr
 
         # Forward and backward
-        terms = forward_backward(t, Batch(positions, images, y, times, x0), micro_batch)
+        terms = forward_backward(t, Batch(positions, images, y, times, levels, x0), micro_batch)
         meter.add_losses(terms)
-        meter.tokens += count_tokens(t, times, shapes)
+        meter.tokens += count_tokens(t, levels, shapes)
+        if t.level_meter:
+            t.level_meter.add(terms, times)
 
         # Health: numbers that are not finite must not reach the weights
         clipped = args.max_grad_norm is not None
@@ -397,13 +405,16 @@ def train_steps(t: Training, this_run: run.Run) -> None:
         last = done == total_steps
         if done % args.log_every == 0 or last:
             record = meter.record(done, lr, epoch=done * args.global_batch_size / len(t.dataset))
+            if t.level_meter:
+                record["level_errors"] = t.level_meter.read().means
             this_run.record(record)
             progress.set_postfix(loss=f"{record['loss']:.4f}")
 
         # Checkpoint, preview and evaluation, which are not the steps' time
         with meter.pause():
             if done % args.ckpt_every == 0 or last or stop:
-                this_run.save(done, model, t.ema, t.optimizer)
+                measured = {"level_errors": t.level_meter.read().as_dict()} if t.level_meter else {}
+                this_run.save(done, model, t.ema, t.optimizer, **measured)
             if stop:
                 break
             if args.sample_every and (done % args.sample_every == 0 or last):

@@ -449,6 +449,14 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="the same as signal-to-noise ratios (alpha / sigma)^2, ascending",
     )
+    add(
+        "--elastic",
+        type=probability,
+        default=0.0,
+        metavar="P",
+        help="draw a sample's level from all levels with this probability: then --budget and --level-edges are free "
+        "when the network is sampled (default: 0, each level sees its own times alone)",
+    )
     add("--expert", type=natural_int, metavar="K", help="train expert K alone, 0 being the noisiest (default: all)")
     add(
         "--aug-dim",
@@ -468,7 +476,7 @@ def add_transport_args(parser: argparse.ArgumentParser) -> None:
 
 
 PROCESS_FLAGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "loss_weight_value", "aug_dim", "time_sampling", "time_params")
+TRAINING_PROCESS_FLAGS = (*PROCESS_FLAGS, "loss_weight_value", "aug_dim", "time_sampling", "time_params", "elastic")
 
 
 def take_sizes(args: argparse.Namespace, dataset: AnyDataset, autoencoder: Autoencoder | None) -> None:
@@ -553,6 +561,7 @@ def process_from(args: argparse.Namespace) -> tuple[dict[str, Any], list[ExpertP
         interval = list(parts[0].interval)
     level_edges = [edge for part in parts for edge in (part.interval[0], *part.level_edges)]
     process = {name: getattr(args, name) for name in TRAINING_PROCESS_FLAGS}
+    process |= {"expert_levels": [len(part.patches) for part in parts] if len(parts) > 1 else []}
     return {**process, "level_edges": level_edges[1:], "interval": interval}, parts
 
 
@@ -610,8 +619,14 @@ def add_network_args(parser: argparse.ArgumentParser, files: int | str = "+") ->
     return add
 
 
-def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "") -> None:
-    """Add the trained network that is sampled from, its process as checked against it, positions and guidance."""
+def add_model_args(
+    parser: argparse.ArgumentParser, cfg_scale: float | None, cfg_note: str = "", budgets: str | None = None
+) -> None:
+    """Add the trained network that is sampled from, its process as checked against it, positions and guidance.
+
+    Args:
+        budgets: nargs of --budget
+    """
     add = add_network_args(parser)
     add(
         "--level-edges",
@@ -619,6 +634,14 @@ def add_model_args(parser: argparse.ArgumentParser, cfg_scale: float | None, cfg
         nargs="+",
         metavar="T",
         help="other times at which the patch size changes, ascending (default: the checkpoint's)",
+    )
+    add(
+        "--budget",
+        type=positive_float,
+        nargs=budgets,
+        metavar="B",
+        help="choose them for a share B of the arithmetic that the finest level alone would take; for networks trained "
+        f"with --elastic{' (several: one row of images for each)' * (budgets is not None)}",
     )
     add_rope_args(parser)
     add_cfg_args(parser, cfg_scale, cfg_note)(
@@ -701,6 +724,8 @@ def load_pipeline(
     Raises:
         OSError, ValueError: if something is missing, damaged, or not what the flags say.
     """
+    if vars(args).get("budget") and args.level_edges:
+        raise ValueError("--budget chooses the level edges: give it or --level-edges")
     source = source_of(args)
     process = {name: getattr(args, name) for name in PROCESS_FLAGS}
     guidance = guidance_from(args)
@@ -803,11 +828,11 @@ def guidance_from(args: argparse.Namespace, default: float | tuple[float, ...] =
 def warn_of_null_level(pipe: Pipeline, null_level: int | None) -> None:
     """Tell if the null label is to be evaluated at a level that training showed other times alone."""
     schedule = pipe.transport.schedule
-    if null_level is None or null_level == schedule.num_levels - 1 or getattr(schedule, "elastic", 0.0):
+    if null_level is None or null_level == schedule.num_levels - 1 or schedule.elastic:
         return
     note(
-        f"training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, unless the "
-        f"levels were drawn at random, and --null-level {null_level} evaluates it at later ones"
+        f"training showed level {null_level} times up to {schedule.edges[null_level + 1]:g} alone, and --null-level "
+        f"{null_level} evaluates it at later ones: only train.py --elastic trains levels for all times"
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from runtime import parallel
 from runtime.errors import UserError
 from runtime.files import complete_file
+from transport.budgets import BINS, LevelErrors
 
 # ---------------------------------------------------------------------------------------------------------------
 # Logs
@@ -95,7 +97,8 @@ class RunLog:
         with self.unless_full(), open(self.metrics_file, "a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb_run:
-            self.wandb_run.log({f"{group}/{name}": value for name, value in values.items()}, step=values["step"])
+            plain = {f"{group}/{name}": value for name, value in values.items() if not isinstance(value, list)}
+            self.wandb_run.log(plain, step=values["step"])
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a picture in wandb."""
@@ -105,13 +108,17 @@ class RunLog:
             self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
 
     def plot(self) -> None:
-        """Draw the loss of each level over the steps in loss.png, and distances of samples, if any, in eval.png."""
+        """Draw the loss of each level over the steps in loss.png, distances of samples, if any, in eval.png, and errors
+        of elastic levels over t in levels.png.
+        """
         records = self.metrics()
         keys = sorted({key for record in records for key in record})
         losses = {key: key.replace("_", " ").replace("loss ", "") for key in keys if key.startswith("loss")}
         self._plot("loss.png", records, {**losses, "loss": "all levels"}, "training loss")
         distances = {key: key for key in keys if re.fullmatch(DISTANCE, key)}
         self._plot("eval.png", records, distances, "distance of EMA samples")
+        if tables := [record["level_errors"] for record in records if "level_errors" in record]:
+            self._plot_levels(tables[-1])
 
     def _plot(self, name: str, records: list[dict[str, Any]], labels: dict[str, str], ylabel: str) -> None:
         """Draw the records' values over the steps, with a label for each key; nothing where there are none."""
@@ -133,6 +140,25 @@ class RunLog:
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         with self.unless_full(), complete_file(self.run_dir / name) as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def _plot_levels(self, table: list[list[float | None]]) -> None:
+        """Draw the mean velocity error of each level over t, and by how much it exceeds that of the finest."""
+        from matplotlib.figure import Figure  # slow to import
+
+        errors = np.array(table, dtype=float)  # None becomes NaN, where a line has a gap
+        t = (np.arange(errors.shape[1]) + 0.5) / errors.shape[1]
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharex=True)
+        for level, row in enumerate(errors):
+            left.plot(t, row, marker=".", label=f"level {level}")
+            right.plot(t, 100 * (row / errors[-1] - 1), marker=".")
+        left.set(xlabel="t", ylabel="velocity error", xlim=(0, 1))
+        right.set(xlabel="t", ylabel="more than the finest level's, in %")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        left.legend()
+        with self.unless_full(), complete_file(self.run_dir / "levels.png") as temporary:
             figure.savefig(temporary, dpi=120)
 
     def close(self) -> None:
@@ -195,6 +221,38 @@ class StepMeter:
         self.tokens = 0
         self._grad_norms, self._steps, self._start = 0.0, 0, time.perf_counter()
         return values
+
+
+class LevelMeter:
+    """Running average of the velocity errors of each level over t, which elastic levels are compared by.
+
+    A step counts 1 / WINDOW less with each step after it. The sums of this process are those of its own samples; those
+    of the run are in its checkpoints.
+
+    Args:
+        num_levels: levels of the network
+        device:     where the errors are
+        stored:     what `read` returned before an interruption; on one process alone
+    """
+
+    WINDOW = 1000  # steps
+
+    def __init__(self, num_levels: int, device: torch.device, stored: LevelErrors | None = None) -> None:
+        self._sums = torch.zeros(2, num_levels * BINS, device=device)  # of errors, and of samples
+        if stored is not None:
+            self._sums += torch.tensor([stored.sums, stored.counts], device=device).flatten(1)
+
+    def add(self, terms: dict[str, torch.Tensor], t: torch.Tensor) -> None:
+        """Add a step: "velocity_error" (n,) of samples of the levels "level" (n,), at times t (n,) on the CPU."""
+        errors, level = terms["velocity_error"], terms["level"]
+        place = (t * BINS).long().clamp(max=BINS - 1).to(level.device, non_blocking=True)
+        self._sums *= 1 - 1 / self.WINDOW
+        self._sums.index_add_(1, level * BINS + place, torch.stack([errors, torch.ones_like(errors)]))
+
+    def read(self) -> LevelErrors:
+        """The errors of all processes' samples. Collective."""
+        sums = parallel.all_reduce(self._sums.clone()).unflatten(1, (-1, BINS))
+        return LevelErrors(*sums.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -88,8 +88,10 @@ class LossModule(nn.Module):
         self.model = model
         self.transport = transport
 
-    def forward(self, x1: torch.Tensor, y: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0, joint=True)
+    def forward(
+        self, x1: torch.Tensor, y: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, level: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        return self.transport.training_losses(self.model, x1, y=y, t=t, x0=x0, level=level, joint=True)
 
 
 def loss_module(model: Network, transport: Transport) -> nn.Module:

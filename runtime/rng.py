@@ -25,7 +25,8 @@ class Stream(IntEnum):
     LABELS = 8
     PROBES = 10
     EVALUATION = 11  # samples that are measured during training
-    GRID = 12  # samples on which a step grid is measured
+    LEVEL = 12  # elastic levels of training
+    GRID = 13  # samples on which a step grid is measured
 
 
 def sample_generators(seed: int, indices: Iterable[int], stream: Stream = Stream.CHOICE) -> list[torch.Generator]:
@@ -62,7 +63,7 @@ def draw_step(
     seed: int,
     batch_size: int,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """This rank's random numbers of a step.
 
     Args:
@@ -72,16 +73,18 @@ def draw_step(
         dropout:    probability that a label is made null
 
     Returns:
-        times (n,), noise (n, *shape) or a list of n, and which labels to drop (n,). Times and drops are drawn for the
-        whole batch and cut; noise belongs to the sample's position.
+        times (n,), levels (n,), noise (n, *shape) or a list of n, and which labels to drop (n,). Noise belongs to the
+        sample's position; the others are drawn for the whole batch and cut.
     """
     local = slice(positions.start - step * batch_size, positions.stop - step * batch_size)
     (time_generator,) = sample_generators(seed, [step], Stream.TIME)
+    (level_generator,) = sample_generators(seed, [step], Stream.LEVEL)
     (dropout_generator,) = sample_generators(seed, [step], Stream.DROPOUT)
-    t = transport.sample_times(batch_size, time_generator)[local]
+    t = transport.sample_times(batch_size, time_generator)
+    t, level = t[local], transport.schedule.sample_levels(t, level_generator)[local]
     drop = torch.rand(batch_size, generator=dropout_generator)[local] < dropout
     generators = sample_generators(seed, positions, Stream.NOISE)
     if isinstance(shapes[0], int):
-        return t, transport.noise.sample((len(positions), *shapes), generators), drop
+        return t, level, transport.noise.sample((len(positions), *shapes), generators), drop
     x0 = [transport.noise.sample((1, *shape), [g])[0] for shape, g in zip(shapes, generators, strict=True)]
-    return t, x0, drop
+    return t, level, x0, drop

@@ -341,12 +341,16 @@ class Run:
         """True on all processes once one was asked to save and end. Collective."""
         return parallel.any_process(self.should_stop, self.processes.device)
 
-    def save(self, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Start writing the checkpoint of a step; call `wait_copied` before the weights change. Collective."""
+    def save(self, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, **plain: Any) -> None:
+        """Start writing the checkpoint of a step; call `wait_copied` before the weights change. Collective.
+
+        Args:
+            plain: further parts of the checkpoint, plain data
+        """
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict()}
         state = parallel.full_state(state, self.processes)
         if self.log:
-            self.writer.save(step, {**state, "config": self.config, "step": step})
+            self.writer.save(step, {**state, "config": self.config, "step": step, **plain})
 
     def wait_copied(self) -> None:
         """Wait until the checkpoint that is being written has read the weights."""

@@ -248,7 +248,7 @@ def test_random_numbers_of_a_step_do_not_depend_on_the_processes() -> None:
 def test_labels_are_dropped_with_the_given_probability() -> None:
     transport, settings = create_transport(), {"seed": 0, "batch_size": 1000, "dropout": 0.3}
     drops = [
-        draw_step(step, range(1000 * step, 1000 * (step + 1)), (1,), transport, **settings)[2] for step in range(10)
+        draw_step(step, range(1000 * step, 1000 * (step + 1)), (1,), transport, **settings)[3] for step in range(10)
     ]
     rate = torch.cat(drops).float().mean().item()
     assert abs(rate - 0.3) < 4 * (0.3 * 0.7 / 10_000) ** 0.5

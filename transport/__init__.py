@@ -1,5 +1,6 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
+from transport.budgets import LevelErrors, edges_for
 from transport.grids import shifted_grid
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
@@ -46,6 +47,7 @@ __all__ = [
     "GaussianNoise",
     "Guidance",
     "Interval",
+    "LevelErrors",
     "PatchSchedule",
     "Sampler",
     "StudentTNoise",
@@ -53,6 +55,7 @@ __all__ = [
     "bits_per_dim",
     "check_ode_method",
     "create_transport",
+    "edges_for",
     "expert_parts",
     "randn",
     "shifted_grid",

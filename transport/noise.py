@@ -120,3 +120,24 @@ class StudentTNoise:
         constant = gammas - dimensions / 2 * math.log(self.dof * math.pi)
         square = x0.double().flatten(1).square().sum(1)
         return (constant - (half + dimensions / 2) * torch.log1p(square / self.dof)).to(x0.dtype)
+
+
+def noise_of(
+    aug_dim: float | None, predictions: tuple[str, ...], loss_weight: str | None
+) -> GaussianNoise | StudentTNoise:
+    """The noise of augmented dimension D, if it goes with predictions and weight (ValueError otherwise)."""
+    if aug_dim is None or aug_dim == math.inf:
+        return GaussianNoise()
+    if not aug_dim > 0:
+        raise ValueError(f"aug_dim, the D of PFGM++, must be above 0, got {aug_dim}")
+    if "score" in predictions:
+        raise ValueError("score prediction needs Gaussian noise: leave aug_dim out, or predict velocity, noise or data")
+    if loss_weight == "likelihood":
+        raise ValueError("likelihood weights need Gaussian noise: leave aug_dim out, or take another loss weight")
+    infinite = [prediction for prediction in predictions if prediction != "data"]
+    if aug_dim <= 2 and infinite:
+        raise ValueError(
+            f"with aug_dim {aug_dim:g} the expected loss of {infinite[0]} prediction is infinite: "
+            "give an aug_dim above 2, or predict data"
+        )
+    return StudentTNoise(aug_dim)

@@ -258,7 +258,7 @@ class Sampler:
             return start, min(stop, 1 - SDE_EPS)  # the score divides by sigma
         if not 0 < last_step_size < 1 - start:
             raise ValueError(f"the last step's size must be in (0, {1 - start:g}), got {last_step_size}")
-        stop, edge = 1 - last_step_size, self.transport.schedule.edges[-2]
+        stop, edge = 1 - last_step_size, max(edge for edge in self.transport.schedule.edges if edge < 1)
         if stop < edge - 1e-6:
             raise ValueError(
                 f"a last step of {last_step_size:g} would cross the level edge at {edge:g}: choose at most {1 - edge:g}"

@@ -6,12 +6,13 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
 
 from transport.grids import Grid, shares_at
+from transport.times import strata
 
 
 class Interval(NamedTuple):
@@ -31,16 +32,33 @@ class PatchSchedule:
     """Levels over time: level l is active on [edges[l], edges[l + 1]], edges = (0, *level_edges, 1).
 
     Args:
-        level_edges: interior times at which the patch size changes, ascending; () is a single level
+        level_edges:   interior times at which the patch size changes, ascending; () is a single level. Of an elastic
+                       schedule they may coincide, with each other and with 0 and 1: levels without time are left out
+        elastic:       probability P that training draws a sample's level from all levels: see `sample_levels`
+        expert_levels: numbers of levels of the experts that share the time; () is one network
 
     Raises:
-        ValueError: if the edges are not ascending numbers strictly between 0 and 1.
+        ValueError: if the edges are not ascending numbers strictly between 0 and 1, or the rest does not fit them.
     """
 
     level_edges: tuple[float, ...] = ()
+    elastic: float = 0.0
+    expert_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "level_edges", _ascending(self.level_edges, "level edges"))
+        edges = _ascending(self.level_edges, "level edges", strictly=not self.elastic)
+        object.__setattr__(self, "level_edges", edges)
+        object.__setattr__(self, "expert_levels", tuple(self.expert_levels))
+        if not 0 <= self.elastic <= 1:
+            raise ValueError(f"elastic is a probability, from 0 to 1, got {self.elastic:g}")
+        if self.expert_levels and (sum(self.expert_levels) != self.num_levels or min(self.expert_levels) < 1):
+            count = sum(self.expert_levels)
+            raise ValueError(
+                f"experts of {list(self.expert_levels)} levels, but the edges make {self.num_levels}: give {count - 1} "
+                "level edge(s)"
+            )
+        if self.elastic and max(map(len, self.experts)) == 1:
+            raise ValueError("elastic levels need a network with several, and this has one: leave elastic out")
 
     @staticmethod
     def default(num_levels: int) -> PatchSchedule:
@@ -61,10 +79,64 @@ class PatchSchedule:
     def num_levels(self) -> int:
         return len(self.level_edges) + 1
 
+    @property
+    def experts(self) -> list[range]:
+        """The levels of each expert, from noise to data; of one network all."""
+        stops = list(accumulate(self.expert_levels or (self.num_levels,)))
+        return [range(start, stop) for start, stop in pairwise((0, *stops))]
+
+    @property
+    def levels_at_ends(self) -> tuple[range, range]:
+        """The levels that are trained at the noisy end of time, and at the clean end."""
+        last = self.num_levels - 1
+        return (self.experts[0], self.experts[-1]) if self.elastic else (range(1), range(last, last + 1))
+
     def level_at(self, t: torch.Tensor) -> torch.Tensor:
         """Levels of times t (N,); exactly on an edge the coarser one, as in PPFlow's code."""
         edges = torch.tensor(self.level_edges, dtype=t.dtype, device=t.device)
         return torch.bucketize(t, edges)
+
+    def sample_levels(self, t: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw the levels (N,) of training at times t (N,), which `Transport.sample_times` stratified.
+
+        With probability 1 - P a sample has the level of its time, with P = elastic any of the L levels of its expert,
+        all alike. So where times have the density p(t), level l sees them with a density in proportion to
+
+            p(t) (1 - P + P / L)    on its own interval,
+            p(t) P / L              elsewhere in its expert's interval.
+
+        Each single sample is drawn so, whatever the others are; together they are stratified: over the batch, over
+        time, and nearly so over each contiguous slice of the batch. With P = 0 nothing is drawn.
+        """
+        own = self.level_at(t)
+        if not self.elastic:
+            return own
+        stratum, jitter = strata(len(t), generator, base=3)  # times have base 2
+        u = (stratum + jitter.double()) / len(t)
+        u = u.to(own.device)
+        mates = [levels for levels in self.experts for _ in levels]  # the levels of each level's expert
+        first = torch.tensor([levels.start for levels in mates], device=own.device)[own]
+        count = torch.tensor([len(levels) for levels in mates], device=own.device)[own]
+        anyone = first + (u / self.elastic * count).long().minimum(count - 1)
+        return torch.where(u < self.elastic, anyone, own)
+
+    def training_shares(self, own: Sequence[float]) -> list[float]:
+        """Shares of the levels among samples of which the share own[l] has a time of level l: see `sample_levels`."""
+        shares = []
+        for levels in self.experts:
+            together = sum(own[level] for level in levels)
+            shares += [(1 - self.elastic) * own[level] + self.elastic * together / len(levels) for level in levels]
+        return shares
+
+    def not_trained(self, other: PatchSchedule) -> list[Interval]:
+        """Times of another schedule's levels at which training with this one did not have them."""
+        if self.elastic:
+            return []
+        pieces = []
+        for level in range(self.num_levels):
+            (low, high), (start, stop) = (each.edges[level : level + 2] for each in (self, other))
+            pieces += [Interval(level, start, min(stop, low)), Interval(level, max(start, high), stop)]
+        return [piece for piece in pieces if piece.start < piece.stop]
 
     def intervals(self, start: float, stop: float, breakpoints: Sequence[float] = ()) -> list[Interval]:
         """Cut the trajectory from start to stop at every edge, and at further breakpoints (of guidance, say).
@@ -118,6 +190,10 @@ class PatchSchedule:
             shares = _share(counts - reserve, lengths, [least * len(group) for group in pieces.values()], note)
             per_level = dict(zip(pieces, shares, strict=True))
         elif len(counts) == self.num_levels:
+            if absent := [level for level, ends in enumerate(pairwise(self.edges)) if ends[0] == ends[1]]:
+                raise ValueError(
+                    f"level {absent[0]} has no time for its steps: give one number of steps for all levels"
+                )
             per_level = dict(enumerate((*counts[:-1], counts[-1] - reserve)))
         else:
             raise ValueError(f"{len(counts)} numbers of steps for {self.num_levels} level(s)")
@@ -129,14 +205,15 @@ class PatchSchedule:
         return [steps[interval] for interval in intervals]
 
 
-def _ascending(edges: Sequence[float], what: str) -> tuple[float, ...]:
+def _ascending(edges: Sequence[float], what: str, strictly: bool = True) -> tuple[float, ...]:
     """Edges as numbers (ValueError if they do not ascend between 0 and 1); `what` names them."""
     try:
         interior = tuple(math.fsum([edge]) for edge in edges)  # unlike float(), refuses text
     except TypeError:
         raise ValueError(f"{what} must be numbers, got {edges!r}") from None
-    if any(not low < high for low, high in pairwise((0.0, *interior, 1.0))):
-        raise ValueError(f"{what} must ascend strictly between 0 and 1, got {interior}")
+    pairs = list(pairwise((0.0, *interior, 1.0)))
+    if any(not (low < high if strictly else low <= high) for low, high in pairs):
+        raise ValueError(f"{what} must ascend {'strictly ' * strictly}between 0 and 1, got {interior}")
     return interior
 
 

@@ -100,10 +100,30 @@ def probabilities(
     return (masses.diff() / (masses[-1] - masses[0])).tolist()
 
 
+def strata(
+    num_samples: int, generator: torch.Generator | None = None, base: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stratified numbers of [0, 1): (stratum + jitter) / N for each of N samples, every stratum once.
+
+    Each single number is uniform. Every contiguous slice of the samples spreads over [0, 1); numbers of two bases
+    spread over the square as Halton's points do.
+
+    Returns:
+        the strata (N,), whole numbers below N, and the jitter (N,) in [0, 1).
+    """
+    device = generator.device if generator is not None else None
+    order = torch.tensor(spread_order(num_samples, base), device=device)
+    shift = torch.randint(num_samples, (1,), generator=generator, device=device)
+    jitter = torch.rand(num_samples, generator=generator, device=device)
+    return (order + shift) % num_samples, jitter
+
+
 @lru_cache
-def spread_order(n: int) -> tuple[int, ...]:
+def spread_order(n: int, base: int = 2) -> tuple[int, ...]:
     """A permutation of 0..n-1 whose contiguous slices each spread over the whole range (van der Corput)."""
-    bits = max(1, (n - 1).bit_length())
-    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)]
-    rank = {value: position for position, value in enumerate(sorted(reversed_bits))}
-    return tuple(rank[value] for value in reversed_bits)
+    digits = 1
+    while base**digits < n:
+        digits += 1
+    inverses = [sum(i // base**k % base * base ** (digits - 1 - k) for k in range(digits)) for i in range(n)]
+    rank = {value: position for position, value in enumerate(sorted(inverses))}
+    return tuple(rank[value] for value in inverses)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from transport.noise import GaussianNoise, StudentTNoise, to_device
+from transport.noise import GaussianNoise, StudentTNoise, noise_of, to_device
 from transport.paths import PATHS, Path, like
 from transport.predictions import PREDICTIONS, predictions_of, target_row
 from transport.samples import Samples, kind_of, split_by_shape, take
 from transport.schedule import PatchSchedule
-from transport.times import Density, density_of, mass, probabilities, spread_order, times_of
+from transport.times import Density, density_of, mass, probabilities, strata, times_of
 from transport.weights import LOSS_WEIGHTS, checked_value, weight_of
 
 # A network: model(x, t, y=..., level=...) -> tensor of the shape of x.
@@ -79,6 +79,12 @@ class Transport:
         other.sample_eps = max(self.sample_eps, other.default_eps()[1])
         return other
 
+    def with_edges(self, level_edges: Sequence[float]) -> Transport:
+        """The same process with other level edges."""
+        other = copy.copy(self)
+        other.schedule = replace(self.schedule, level_edges=level_edges)
+        return other
+
     @property
     def aug_dim(self) -> float | None:
         """D of PFGM++, the noise's degrees of freedom; None for Gaussian noise, whose D is infinite."""
@@ -100,8 +106,13 @@ class Transport:
 
     def default_eps(self) -> tuple[float, float]:
         """Distance from the ends of [0, 1] in training and in sampling: SiT's where one of them is singular, else 0."""
-        ends = [(0.0, 0)] if not self.path.regular_at_noise else []
-        numbers = [self._numbers_at(end, level) for end, level in (*ends, (1.0, -1))]
+        ends = zip((0.0, 1.0), self.schedule.levels_at_ends, strict=True)
+        numbers = [
+            self._numbers_at(end, level)
+            for end, levels in ends
+            for level in levels
+            if end or not self.path.regular_at_noise
+        ]
         in_training, in_sampling = self.path.singular_eps
         if any(not velocity.isfinite().all() for velocity, _ in numbers):
             return in_training, in_sampling
@@ -119,9 +130,10 @@ class Transport:
         middle = sum(self.train_interval) / 2
         if self.loss_weight_value is not None and not self._numbers_at(middle, 0)[1].isfinite().all():
             return f"loss_weight_value {self.loss_weight_value:g} makes loss weight {self.loss_weight} infinite"
-        for end, level in zip(self.train_interval, (0, -1), strict=True):
-            if not self._numbers_at(end, level)[1].isfinite().all():
-                return self._too_small("train_eps", f"the loss is infinite at t = {end:g}", level)
+        for end, levels in zip(self.train_interval, self.schedule.levels_at_ends, strict=True):
+            for level in levels:
+                if not self._numbers_at(end, level)[1].isfinite().all():
+                    return self._too_small("train_eps", f"the loss is infinite at t = {end:g}", level)
         return None
 
     def sampling_singularity(self) -> str | None:
@@ -130,9 +142,10 @@ class Transport:
         The other end depends on the solver: some evaluate the network there, others do not.
         """
         start, _ = self.sample_interval
-        if self._numbers_at(start, 0)[0].isfinite().all():
-            return None
-        return self._too_small("sample_eps", f"the velocity is infinite at t = {start:g}", 0)
+        for level in self.schedule.levels_at_ends[0]:
+            if not self._numbers_at(start, level)[0].isfinite().all():
+                return self._too_small("sample_eps", f"the velocity is infinite at t = {start:g}", level)
+        return None
 
     def _too_small(self, name: str, reason: str, level: int) -> str:
         weight = f" and loss weight {self.loss_weight}" if self.loss_weight and name == "train_eps" else ""
@@ -193,19 +206,16 @@ class Transport:
         time: every contiguous slice (a rank, a micro-batch) is close to stratified itself, and gets its share of each
         level.
         """
-        device = generator.device if generator is not None else None
-        order = torch.tensor(spread_order(num_samples), device=device)
-        shift = torch.randint(num_samples, (1,), generator=generator, device=device)
-        jitter = torch.rand(num_samples, generator=generator, device=device)
+        stratum, jitter = strata(num_samples, generator)
         start, stop = self.train_interval
-        strata = (order + shift) % num_samples
         if self.density is None:
-            return start + (stop - start) * (strata + jitter) / num_samples
-        return times_of((strata + jitter.double()) / num_samples, self.density, self.path, (start, stop))
+            return start + (stop - start) * (stratum + jitter) / num_samples
+        return times_of((stratum + jitter.double()) / num_samples, self.density, self.path, (start, stop))
 
     def level_probabilities(self) -> list[float]:
         """Probability of each level in training: its share of the samples of a batch."""
-        return probabilities(self.schedule.edges, self.density, self.path, self.train_interval)
+        own = probabilities(self.schedule.edges, self.density, self.path, self.train_interval)
+        return self.schedule.training_shares(own)
 
     def rare_levels(self, batch_size: int) -> list[str]:
         """A line that names the levels of which a batch has less than one sample on average; none without such."""
@@ -222,6 +232,7 @@ class Transport:
         t: torch.Tensor | None = None,
         x0: Samples | None = None,
         joint: bool = False,
+        level: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Denoising loss of each sample; its mean is an unbiased estimate of the expected loss.
 
@@ -232,10 +243,11 @@ class Transport:
             model:     called as model(x, t, y=..., level=...), once per level present
             x1:        (N, ...) data; of many shapes, a list of N samples (...)
             y:         (N,) class ids
-            generator: source of t and x0 where they are not given
+            generator: source of t, x0 and elastic levels where they are not given
             t:         (N,) times in the training interval
             x0:        (N, ...) noise, or a list likewise
             joint:     call the model once, with lists of groups, levels without samples included
+            level:     (N,) levels; None for those of `PatchSchedule.sample_levels`
 
         Returns:
             "loss" (N,): mean squared error over the dimensions, weighted; "velocity_error" (N,): that of the velocity,
@@ -249,7 +261,8 @@ class Transport:
             t = self.sample_times(len(x1), generator)
         if x0 is None:
             x0 = self._noise_for(x1, generator)
-        level = self.schedule.level_at(t)
+        if level is None:
+            level = self.schedule.sample_levels(t, generator)
         groups = [(index, torch.nonzero(level == index).flatten()) for index in range(self.schedule.num_levels)]
         groups = [(index, part) for index, members in groups for part in split_by_shape(x1, members)]
         groups = [(index, members) for index, members in groups if joint or len(members)]
@@ -346,6 +359,8 @@ def create_transport(
     time_sampling: str = "uniform",
     time_params: Sequence[float] | None = None,
     interval: Sequence[float] | None = None,
+    elastic: float = 0.0,
+    expert_levels: Sequence[int] = (),
     check_ends: bool = True,
 ) -> Transport:
     """Build a Transport from plain values.
@@ -367,6 +382,9 @@ def create_transport(
         time_sampling:     density of the times of training: "uniform" in t, "logit-normal" or "cosmap"
         time_params:       mean and standard deviation of log(alpha / sigma) for "logit-normal"; None is 0 and 1
         interval:          times (start, stop) that the network serves, an expert alone; None is all of [0, 1]
+        elastic:           probability that training draws a sample's level from all levels; then level_edges may
+                           coincide, with each other and with 0 and 1, which leaves levels out
+        expert_levels:     numbers of levels of experts that are trained together; () is one network
         check_ends:        refuse an eps that is too small; False for runs of earlier versions, which may have one and
                            keep it
 
@@ -384,12 +402,12 @@ def create_transport(
     for value, name in ((train_eps, "train_eps"), (sample_eps, "sample_eps")):
         if value is not None and not 0 <= value < 0.5:
             raise ValueError(f"{name} must be in [0, 0.5), got {value}")
-    schedule = PatchSchedule(level_edges)
+    schedule = PatchSchedule(level_edges, elastic, expert_levels)
     predictions = predictions_of(prediction, schedule.num_levels)
     if len(set(predictions)) > 1 and loss_weight is None:
         loss_weight = "velocity"  # errors of different things do not compare
     loss_weight_value = checked_value(loss_weight, loss_weight_value)
-    noise, density = _noise_of(aug_dim, predictions, loss_weight), density_of(time_sampling, time_params)
+    noise, density = noise_of(aug_dim, predictions, loss_weight), density_of(time_sampling, time_params)
     if density is not None and loss_weight == "likelihood":
         raise ValueError(f"likelihood weights bound the likelihood at uniform times alone, not at {time_sampling} ones")
     if interval is not None:
@@ -431,24 +449,3 @@ def _checked_interval(interval: Sequence[float], schedule: PatchSchedule) -> tup
     if any(not start < edge < stop for edge in schedule.level_edges):
         raise ValueError(f"level edges {list(schedule.level_edges)} are not within the interval {list(interval)}")
     return start, stop
-
-
-def _noise_of(
-    aug_dim: float | None, predictions: tuple[str, ...], loss_weight: str | None
-) -> GaussianNoise | StudentTNoise:
-    """The noise of augmented dimension D, if it goes with predictions and weight (ValueError otherwise)."""
-    if aug_dim is None or aug_dim == math.inf:
-        return GaussianNoise()
-    if not aug_dim > 0:
-        raise ValueError(f"aug_dim, the D of PFGM++, must be above 0, got {aug_dim}")
-    if "score" in predictions:
-        raise ValueError("score prediction needs Gaussian noise: leave aug_dim out, or predict velocity, noise or data")
-    if loss_weight == "likelihood":
-        raise ValueError("likelihood weights need Gaussian noise: leave aug_dim out, or take another loss weight")
-    infinite = [prediction for prediction in predictions if prediction != "data"]
-    if aug_dim <= 2 and infinite:
-        raise ValueError(
-            f"with aug_dim {aug_dim:g} the expected loss of {infinite[0]} prediction is infinite: "
-            "give an aug_dim above 2, or predict data"
-        )
-    return StudentTNoise(aug_dim)

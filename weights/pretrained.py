@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from models import PyramidalPatchDiT
 from positions import RopeScaling
 from runtime.checkpoints import newest_checkpoint
 from runtime.files import complete_file
-from transport import PatchSchedule, create_transport
+from transport import LevelErrors, PatchSchedule, create_transport
 from transport.predictions import predictions_of
 from weights.files import PIPELINE_WEIGHTS, choose_weights, read_file
 from weights.fit import authors_scaling
@@ -55,6 +55,7 @@ class TrainedWeights(NamedTuple):
     step: int  # of training; 0 if unknown; of experts that were trained alone the smallest
     scaling: dict[str, Any] | None = None  # of the latents, if it is not the autoencoder's own
     stated: frozenset[str] = frozenset()  # keys of `transport` that the file gives, or all for published weights
+    level_errors: LevelErrors | None = None  # of elastic levels
     steps: tuple[int, ...] = ()  # of each of the experts that were trained alone
 
 
@@ -104,7 +105,7 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
         model = network_of(config["model"], **overrides)
         load_own_state_dict(model, state, source, other_size)
         described, vae, scaling = config.get("transport", {}), config.get("vae"), config.get("scaling")
-        step = int(checkpoint.get("step", 0))
+        step, table = int(checkpoint.get("step", 0)), checkpoint.get("level_errors") or config.get("level_errors")
         if config.get("rope_scaling") is not None:
             model.rope_scaling = RopeScaling(**config["rope_scaling"])
     else:
@@ -112,7 +113,7 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
         import_state_dict(model, state, source, other_size)
         args, moments = checkpoint.get("args"), (checkpoint.get("opt") or {}).get("state", {})
         described = vars(args) if isinstance(args, argparse.Namespace) else {}
-        vae, scaling = SHORT_NAMES.get(described.get("vae")), None
+        vae, scaling, table = SHORT_NAMES.get(described.get("vae")), None, None
         step = max((int(parameter.get("step", 0)) for parameter in moments.values()), default=0)  # Adam counts them
         if model.position == "rope":
             model.rope_scaling = (published and published.rope_scaling) or authors_scaling(model)
@@ -122,7 +123,8 @@ def _load(name_or_path: str | Path, weights: str, cache_dir: str | Path | None, 
     name = _name(model)
     if len(model.networks) > 1 or transport["interval"] is not None:
         name = checkpoint["config"].get("model_name", name)  # experts have a part of its patch sizes each
-    return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated)
+    errors = None if table is None else LevelErrors(**table)
+    return TrainedWeights(model.eval(), transport, vae, name, step, scaling, stated, errors)
 
 
 def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
@@ -169,13 +171,21 @@ def join_experts(found: Sequence[tuple[str, TrainedWeights]]) -> TrainedWeights:
     model = ExpertPatchDiT([part.model for _, part in parts], [process["interval"][0] for process in processes[1:]])
     edges = [edge for process in processes for edge in (process["interval"][0], *process["level_edges"])]
     words = [word for _, part in parts for word in predictions_of(part.transport["prediction"], part.model.num_levels)]
-    prediction = words[0] if len(set(words)) == 1 else " ".join(words)
+    joined = {
+        "prediction": words[0] if len(set(words)) == 1 else " ".join(words),
+        "level_edges": edges[1:],
+        "interval": None,
+        "expert_levels": [part.model.num_levels for _, part in parts],
+        # An expert with a single level has none to choose from, and no errors to compare.
+        "elastic": min((part.transport["elastic"] for _, part in parts if part.model.num_levels > 1), default=0.0),
+    }
     return first._replace(
         model=model.eval(),
-        transport={**first.transport, "prediction": prediction, "level_edges": edges[1:], "interval": None},
+        transport={**first.transport, **joined},
         name="+".join(dict.fromkeys(part.name for _, part in parts)),
         step=min(part.step for _, part in parts),
         stated=frozenset.intersection(*(part.stated for _, part in parts)),
+        level_errors=LevelErrors.joined([(part.level_errors, part.model.num_levels) for _, part in parts]),
         steps=tuple(part.step for _, part in parts),
     )
 
@@ -211,6 +221,14 @@ def initialize_from(model: Network, name_or_path: str | Path, interval: tuple[fl
     return list(lines)
 
 
+def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
+    """Refuse settings that say something else of weights than they do themselves (ValueError); None says nothing."""
+    for name, value in claimed.items():
+        if value is not None and name in actual and value != actual[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {value}, but {source} was trained with {actual[name]}: leave {flag} out")
+
+
 def edges_of(model: Network) -> tuple[float, ...]:
     """Times at which one expert follows another; () for one network."""
     return getattr(model, "expert_edges", ())
@@ -232,6 +250,8 @@ def default_transport(model: Network) -> dict[str, Any]:
         "time_sampling": "uniform",
         "time_params": None,
         "interval": None,
+        "elastic": 0.0,
+        "expert_levels": [network.num_levels for network in model.networks.values()] if edges_of(model) else [],
     }
 
 
@@ -304,6 +324,8 @@ def convert(
             "vae": pretrained.vae,
             "scaling": pretrained.scaling,
         }
+        if pretrained.level_errors is not None:
+            config["level_errors"] = pretrained.level_errors.as_dict()
         if pretrained.model.position == "rope":
             config["rope_scaling"] = asdict(pretrained.model.rope_scaling)
         state = own_state_dict(pretrained.model)
