@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -424,9 +425,23 @@ def test_many_samples_at_a_budget(elastic_run: Path, tmp_path: Path) -> None:
     assert "-ab2-6-budget-0.6-" in folder.name
 
 
+@pytest.mark.slow
+def test_a_budget_is_met_with_measured_steps(elastic_run: Path, tmp_path: Path) -> None:
+    """The grid moves steps between the levels, so the edges are chosen once more with it."""
+    run = shutil.copytree(elastic_run, tmp_path / "run")
+    flags = ["--num-fid-samples", "4", "--num-sampling-steps", "12", "--sample-dir", str(tmp_path / "samples")]
+    gmacs = {}
+    for budget in ("0.6", "1"):
+        sample_ddp.main(["ODE", "--ckpt", str(run), *flags, "--no-png", "--step-grid", "auto", "--budget", budget])
+        (folder,) = (tmp_path / "samples").glob(f"*-ab2-12-auto-budget-{budget}-*/")
+        gmacs[budget] = json.loads((folder / "settings.json").read_text())["gmacs_per_image"]
+    assert gmacs["0.6"] == pytest.approx(0.6 * gmacs["1"], abs=gmacs["1"] / 12)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--budget", "0.4", "--step-grid", "auto"], "is measured for given --level-edges, not for --budget"),
         (["--budget", "0.4"], "was trained at its level edges alone"),
         (["--budget", "0.4", "--level-edges", "0.4"], "--budget chooses the level edges"),
         (["--budget", "0.4", "--likelihood", "--data-path", "digits"], "--budget has no effect with --likelihood"),
