@@ -133,6 +133,7 @@ def check_costs(text, names):
         assert image_ratio == pytest.approx(image / first[3], abs=0.2)
 
 
+@pytest.mark.slow
 def test_the_command_makes_tables_and_curves_and_repeats_nothing(study, monkeypatch, capsys):
     run, _, folder = study
     names = ["sit", "ppf2-equal-cost", "ppf3-from-sit", "ppf2-wide", "ppf2-experts-equal-cost"]

@@ -35,7 +35,7 @@ LABELS = [3, 0, 4]
 SCALES = (1.0, 1.5, 2.0)
 CODE = ("pipeline.py", "scheduler/pyramid_scheduler.py", "transformer/pyramid_transformer.py")
 NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "cock", 4: "hen"}
-LIBRARIES = {"torch", "diffusers", "huggingface_hub", "scipy", "torchdiffeq"}
+LIBRARIES = {"torch", "numpy", "diffusers", "huggingface_hub", "scipy", "torchdiffeq"}
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
