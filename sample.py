@@ -137,7 +137,7 @@ def sample(args: argparse.Namespace, pipe: Pipeline, solver: Solver, guidance: G
 
 
 def kind_of(pipe: Pipeline) -> str:
-    """What the network is, in the table of costs."""
+    """Name of the network in the table of costs."""
     experts = len(pipe.model.networks)
     return f"{'pyramid' if experts == 1 else f'{experts} experts'}, {pipe.model.num_levels} level(s)"
 

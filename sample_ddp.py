@@ -133,7 +133,7 @@ class Job(NamedTuple):
 
 
 def grid_of(solver: Solver) -> Grid | None:
-    """Where an ODE's steps lie; None for equal steps."""
+    """Grid of an ODE's steps; None for equal steps."""
     return solver.grid if isinstance(solver, ODE) else None
 
 

@@ -1,4 +1,4 @@
-"""What guidance costs and what it brings: the null label at the sample's level, or at a coarser one.
+"""Cost and use of guidance: the null label at the sample's level, or at a coarser one.
 
     python -m benchmarks.guidance digits --ckpt results/demo
     python -m benchmarks.guidance cifar-16.zip --ckpt results/quality/16x16/ppf2-0/003000.pt --classifier cifar-16.pt

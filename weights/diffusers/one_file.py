@@ -88,7 +88,7 @@ class Module:
         return "\n".join(line for n, line in enumerate(self.text.splitlines(), 1) if n not in dropped).strip()
 
     def bound_names(self) -> dict[str, str]:
-        """What the module's own top-level names mean: the library that they are imported from, or the module."""
+        """Meanings of the module's own top-level names: the library that they are imported from, or the module."""
         symbols = symtable.symtable(self.text, self.name, "exec").get_symbols()
         bound = {
             symbol.get_name(): self.name
