@@ -218,7 +218,7 @@ def measure_run(
 
 
 def default_positions(network: VelocityNetwork, shape: tuple[int, int]) -> str:
-    """Settings of a network at a shape of at most as many tokens as in training: sine-cosine positions are stretched."""
+    """Positions for a shape of at most as many tokens as in training: sine-cosine ones are stretched."""
     return AS_TRAINED if network.inner.position == "rope" or max(shape) <= max(SQUARE) else "stretched"
 
 
