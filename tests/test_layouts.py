@@ -72,13 +72,15 @@ def test_exported_weights_compute_our_outputs(levels, layout):
     check_levels(model, weights)
 
 
-# What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times.
+# What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times, levels at their own times alone.
 UNTOLD = {
     "aug_dim": None,
     "loss_weight_value": None,
     "time_sampling": "uniform",
     "time_params": None,
     "interval": None,
+    "elastic": 0.0,
+    "expert_levels": [],
 }
 
 
