@@ -72,7 +72,7 @@ def test_exported_weights_compute_our_outputs(levels, layout):
     check_levels(model, weights)
 
 
-# What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times, nothing elastic.
+# What files of earlier versions and other layouts mean without saying it: Gaussian noise, uniform times, not elastic.
 UNTOLD = {
     "aug_dim": None,
     "loss_weight_value": None,
