@@ -75,14 +75,14 @@ def open_network(path: Path) -> Pipeline:
 
 @torch.no_grad()
 def draw(
-    pipe: Pipeline, kind: str, solver: ODE, guidance: Guidance, number: int
+    pipe: Pipeline, kind: str, solver: ODE, guidance: Guidance, number: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, EvaluationCounter]:
     """Images (N, 3, H, W) uint8 with their labels (N,), and the count of the evaluations."""
     labels, images = torch.arange(number) % pipe.model.num_classes, []
     counted = pipe.counted()
     guided = counted._with_model(SampleLabels(counted.model)) if kind == "weak-level" else counted
     for indices in torch.arange(number).split(250):
-        generators = sample_generators(0, indices.tolist(), Stream.SAMPLES)
+        generators = sample_generators(seed, indices.tolist(), Stream.SAMPLES)
         x1 = guided.latents(labels[indices], solver, guidance, generators)
         images.append(to_uint8(pipe.autoencoder.decode(x1)).expand(-1, 3, -1, -1))
     return torch.cat(images), labels, counted.model

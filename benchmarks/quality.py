@@ -114,6 +114,21 @@ class Judge:
         }
 
 
+def open_judge(data: Data, folder: Path, epochs: int) -> Judge:
+    """The judge of a study, whose classifier is trained on the images so many epochs, once for a folder."""
+    file, seen = folder / "classifier.pt", data.num_training
+    if not file.exists():
+        train_classifier("cifar", data.pixels[:seen].__getitem__, data.labels[:seen], epochs).save(file)
+    return Judge(load_classifier("cifar", data.pixels.shape[1:3], path=file), data)
+
+
+def held_out_scores(judge: Judge, data: Data, number: int, folder: Path) -> dict[str, float]:
+    """Scores of so many real images that no network has seen; kept in OUT/results.json."""
+    images = torch.from_numpy(data.pixels[data.num_training :][:number]).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(data.labels[data.num_training :][:number])
+    return once(folder / "results.json", f"real {number}", lambda: judge(images, labels))
+
+
 def once(file: Path, key: str, make: Any) -> Any:
     """A measurement by its key in a JSON file, made if it is not there."""
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -358,17 +373,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with user_input():
         data = Data(args.data_path, args.image_size, folder)
-    size = (args.image_size, args.image_size)
-    if not (folder / "classifier.pt").exists():
-        seen = data.num_training
-        classifier = train_classifier(
-            "cifar", data.pixels[:seen].__getitem__, data.labels[:seen], args.classifier_epochs
-        )
-        classifier.save(folder / "classifier.pt")
-    judge = Judge(load_classifier("cifar", size, path=folder / "classifier.pt"), data)
-    held_out = torch.from_numpy(data.pixels[data.num_training :][: args.num_samples]).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(data.labels[data.num_training :][: args.num_samples])
-    real = once(folder / "results.json", f"real {args.num_samples}", lambda: judge(held_out, labels))
+    judge = open_judge(data, folder, args.classifier_epochs)
+    real = held_out_scores(judge, data, args.num_samples, folder)
     results = {}
     for seed in args.seeds:
         for name in args.runs:

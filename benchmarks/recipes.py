@@ -50,6 +50,7 @@ class Recipe:
         coarse_weight: factor of the loss of every level but the finest
         wide:          the coarse patches are embedded by an MLP instead of a linear layer
         experts:       levels share no parameters (Patch Diffusion, arXiv:2207.04316)
+        elastic:       probability that a sample's level is drawn from all levels (train.py --elastic)
         shapes:        (height, width) in quarters of the image's side: each sample has one of them, and only networks
                        with rotary positions take others than the square
     """
@@ -65,6 +66,7 @@ class Recipe:
     coarse_weight: float = 1.0
     wide: bool = False
     experts: bool = False
+    elastic: float = 0.0
     shapes: tuple[tuple[int, int], ...] = (SQUARE,)
 
 
@@ -77,6 +79,7 @@ RECIPES = {
     "ppf3-equal-cost": Recipe("PPF-T-3", longer=2.0),
     "ppf2-experts-equal-cost": Recipe("PPF-T-2", longer=1.6, experts=True),
     "ppf2-coarse-data-equal-cost": Recipe("PPF-T-2", longer=1.6, coarse_data=True),
+    "ppf2-elastic-equal-cost": Recipe("PPF-T-2", longer=1.6, elastic=0.5),
     "ppf2-edge-0.25": Recipe("PPF-T-2", edges=(0.25,)),
     "ppf2-edge-0.35": Recipe("PPF-T-2", edges=(0.35,)),
     "ppf2-edge-0.65": Recipe("PPF-T-2", edges=(0.65,)),
@@ -145,7 +148,7 @@ def transport_of(recipe: Recipe) -> Transport:
     """The process: the Linear path with a velocity, as published."""
     levels = create_model(recipe.model, input_size=8).num_levels
     edges = PatchSchedule.default(levels).level_edges if recipe.edges is None else recipe.edges
-    return create_transport(level_edges=edges)
+    return create_transport(level_edges=edges, elastic=recipe.elastic)
 
 
 class Data:
@@ -211,7 +214,7 @@ def loss_of_step(
     transport = network.transport
     schedule, finest = transport.schedule, network.num_levels - 1
     t = transport.sample_times(batch_size, g)
-    level = schedule.level_at(t)
+    level = schedule.sample_levels(t, g)
     weight = torch.where(level < finest, recipe.coarse_weight / recipe.coarse_batch, 1.0)
     if recipe.coarse_batch > 1:  # more samples at the times of coarse levels
         coarse = t[level < finest]
