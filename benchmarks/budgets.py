@@ -28,10 +28,10 @@ import torch
 import train_utils as cli
 from benchmarks.guidance import draw
 from benchmarks.quality import Judge, held_out_scores, mean_and_error, once, open_judge
-from benchmarks.recipes import Data, VelocityNetwork, train_run
+from benchmarks.recipes import Data, VelocityNetwork, add_training_args, open_study, train_run
 from benchmarks.timing import machine, time_in_turns
 from pipeline import Pipeline
-from runtime.errors import run_script, user_input
+from runtime.errors import run_script
 from runtime.files import complete_file
 from runtime.logs import save_grid
 from transport import ODE, Guidance, LevelErrors
@@ -271,9 +271,8 @@ def plot(results: Results, path: Path) -> None:
 def build_parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(prog="benchmarks.budgets", description="Quality against cost, in pixels.")
+    add_training_args(parser)
     add = parser.add_argument
-    add("data_path", help="zip archive of labelled images, as EDM's CIFAR-10")
-    add("--image-size", type=cli.positive_int, default=16, help="side of the images")
     add("--series", nargs="+", choices=SERIES, default=list(SERIES), metavar="SERIES", help="of: " + "; ".join(SERIES))
     add("--seeds", type=cli.natural_int, nargs="+", default=[0], help="seeds of training and samples")
     add(
@@ -282,14 +281,11 @@ def build_parser() -> cli.ArgumentParser:
         default=1000,
         help="optimizer steps of SiT; the pyramids make 1.6 times as many",
     )
-    add("--batch-size", type=cli.positive_int, default=64, help="images per step")
-    add("--lr", type=cli.positive_float, default=1e-3, help="AdamW's learning rate")
     add("--guidance", type=cli.positive_float, default=2.5, metavar="SCALE", help="guidance scale")
     add("--num-samples", type=cli.number(int, 20), default=500, help="samples of each setting")
     add("--num-held-out", type=cli.positive_int, default=500, help="images of the levels' velocity errors")
     add("--classifier-epochs", type=cli.positive_int, default=4, help="epochs of the classifier's training")
     add("--repeats", type=cli.natural_int, default=5, help="timed draws of each setting; 0: no seconds")
-    add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
     add("--out", type=Path, default=Path("results/quality"), help="folder, which may be that of benchmarks/quality.py")
     return parser
 
@@ -297,12 +293,7 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study with these command-line arguments."""
     args = build_parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder = args.out / f"{args.image_size}x{args.image_size}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with user_input():
-        data = Data(args.data_path, args.image_size, folder)
+    data, folder = open_study(args)
     judge = open_judge(data, folder, args.classifier_epochs)
     real = held_out_scores(judge, data, args.num_samples, folder)
     settings = [setting for setting in SETTINGS if setting.series in args.series]

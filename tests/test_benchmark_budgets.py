@@ -41,6 +41,7 @@ def study(tmp_path, monkeypatch):
     return run, recipes.Data(str(archive), 8, tmp_path), tmp_path / "8x8"
 
 
+@pytest.mark.slow
 def test_settings_are_measured_once_and_meet_their_budgets(study, monkeypatch) -> None:
     run, _, folder = study
     text = run()
