@@ -19,19 +19,18 @@ PICTURES = {"loss", "samples", "walk", "errors", "budgets", "recognise"}  # cell
 
 
 def read() -> nbformat.NotebookNode:
+    """The notebook, which is one of version 4."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
 
 def test_cells_are_code_without_outputs() -> None:
-    text = read()
-    cells = [cell for cell in text.cells if cell.cell_type == "code"]
+    cells = [cell for cell in read().cells if cell.cell_type == "code"]
     for cell in cells:
         ast.parse(TransformerManager().transform_cell(cell.source))
         assert (cell.outputs, cell.execution_count, dict(cell.metadata)) == ([], None, {})
     assert sum(TRAINING in cell.source for cell in cells) == 1
-    assert NOTEBOOK.read_text() == nbformat.writes(text, indent=1) + "\n"
 
 
 @pytest.mark.slow
@@ -58,5 +57,3 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said["budgets"].count("budget ") == 5
     assert "bits per pixel; 4.09" in said["likelihood"]
     assert {name for name in outputs if any("image/png" in each.get("data", {}) for each in outputs[name])} == PICTURES
-    for name in PICTURES:
-        assert sum(each.output_type == "display_data" for each in outputs[name]) <= 1
