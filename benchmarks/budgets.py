@@ -94,11 +94,9 @@ SETTINGS = (
         for budget in BUDGETS[:4]
     ),
     *(ELASTIC("elastic, measured steps", num_steps=steps, budget=0.6, measured=True) for steps in (25, 12, 8)),
-    *(
-        ELASTIC("everything", num_steps=steps, budget=budget, null_level=0, until=0.5, measured=True)
-        for budget in (0.8, 0.6, 0.4)
-        for steps in (12, 8)
-    ),
+    *(ELASTIC("elastic, fewer steps", num_steps=steps, budget=0.6) for steps in (12, 8)),
+    *(ELASTIC("elastic, null level, fewer steps", num_steps=steps, budget=0.6, null_level=0) for steps in (12, 8, 6)),
+    *(ELASTIC("everything", num_steps=steps, budget=0.6, null_level=0, measured=True) for steps in (12, 8, 6)),
 )
 SERIES = tuple(dict.fromkeys(setting.series for setting in SETTINGS))
 
@@ -262,7 +260,7 @@ def plot(results: Results, path: Path) -> None:
             if setting.series == series:
                 points.append((np.mean([score["gmacs"] for score in scores]), *distance_of(results, setting)))
         gmacs, distances, errors = zip(*sorted(points), strict=True)
-        style = {"marker": "osv^D*PXh"[number], "color": f"C{number}", "capsize": 2, "linewidth": 1}
+        style = {"marker": "osv^D*PXhd<>"[number], "color": f"C{number}", "capsize": 2, "linewidth": 1}
         axes.errorbar(gmacs, distances, errors, label=series, **style)
     if REFERENCE in results:
         distance, error = distance_of(results, REFERENCE)
