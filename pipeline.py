@@ -437,6 +437,7 @@ class Pipeline:
         likelihood: bool = False,
         reverse: bool = False,
         batch: int = 1,
+        size: Sequence[int] | None = None,
     ) -> EvaluationCounter:
         """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
 
@@ -444,6 +445,7 @@ class Pipeline:
             batch:      samples that are drawn together, which the device's free memory must hold
             likelihood: `log_prob` is wanted
             reverse:    `noise` is wanted
+            size:       (h, w) of the samples, as for `latents`; the memory is that for the network's own size
 
         Returns:
             the count of the evaluations that a sample takes, unless the solver chooses its own steps.
@@ -453,7 +455,7 @@ class Pipeline:
         zero = self._with_model(Zero(self.model))
         counter = EvaluationCounter(zero.model)
         try:
-            x1 = self._with_model(counter).latents([0], solver, guidance)
+            x1 = self._with_model(counter).latents([0], solver, guidance, size=size)
             if likelihood:
                 zero.log_prob(x1, [0], solver, guidance)
             if reverse:
@@ -488,15 +490,21 @@ class Pipeline:
         macs = [self.model.macs(level) for level in range(schedule.num_levels)]
         latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
 
-        def at_edges(edges: tuple[float, ...]) -> Pipeline:
-            other = self._with_model(self.model)
-            other.transport = self.transport.with_edges(edges)
-            return other
-
         def cost(edges: tuple[float, ...]) -> float:
-            return sum(map(operator.mul, at_edges(edges).check(solver, guidance).rows, macs))
+            return sum(map(operator.mul, self.with_edges(edges).check(solver, guidance).rows, macs))
 
-        return at_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
+        return self.with_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
+
+    def with_edges(self, level_edges: Sequence[float]) -> Pipeline:
+        """The same network with other level edges, as `load` takes them.
+
+        Raises:
+            ValueError: if they do not ascend between 0 and 1, or are not those of the network's number of levels.
+        """
+        other = self._with_model(self.model)
+        other.transport = self.transport.with_edges(level_edges)
+        other.transport.check_levels(self.model)
+        return other
 
     def finest_only(self) -> Pipeline:
         """The same network at its finest level all the way: what the pyramid saves on.
