@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -132,6 +133,7 @@ class Studio:
         self.pipe = pipe
         self.queue = ThreadPoolExecutor(1, "network")
         self.level_macs: dict[tuple[int, tuple[int, int]], int] = {}
+        self.budgets: dict[tuple[float, Solver, Guidance], Pipeline] = {}
 
     def warm_up(self) -> None:
         """Evaluate each level once: what is set up at the first evaluation is no part of a drawing's seconds."""
@@ -178,13 +180,26 @@ class Studio:
         solver = replace(settings.solver, num_steps=sum(settings.steps))
         return Way("finest level alone (SiT)", self.pipe.finest_only(), solver, guidance)
 
-    def ways(self, settings: Settings) -> list[Way]:
-        """What is to be drawn, one after the other."""
+    def at_budget(self, share: float, settings: Settings) -> Way:
+        """The network at a budget; it takes a second to find, once."""
+        key = share, settings.solver, settings.guidance
+        if key not in self.budgets:
+            self.budgets[key] = self.pipe.at_budget(*key)
+        return Way(f"budget {share:g}", self.budgets[key], *key[1:])
+
+    def ways(self, settings: Settings) -> list[Callable[[], Way]]:
+        """What is to be drawn, one after the other, each made when its turn comes.
+
+        Raises:
+            ValueError: if there is no such way.
+        """
         if settings.show == "budgets":
-            both = settings.solver, settings.guidance
-            return [Way(f"budget {share:g}", self.pipe.at_budget(share, *both), *both) for share in settings.budgets]
+            self.at_budget(min(settings.budgets), settings)  # those that are refused, if any is
+            self.at_budget(max(settings.budgets), settings)
+            return [partial(self.at_budget, share, settings) for share in settings.budgets]
         pyramid = Way("pyramid", self.at_edges(settings), settings.solver, settings.guidance)
-        return [pyramid, self.finest(settings)] if settings.show == "finest" else [pyramid]
+        both = [pyramid, self.finest(settings)] if settings.show == "finest" else [pyramid]
+        return [partial(Way, *way) for way in both]
 
     # -- What it costs -------------------------------------------------------------------------------------------
 
@@ -194,39 +209,44 @@ class Studio:
             self.level_macs[level, size] = self.pipe.model.macs(level, size)
         return self.level_macs[level, size]
 
+    def cost_of(self, rows: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
+        """What a picture costs, from its evaluations at each level, the finest one last."""
+        rows = [0] * (self.pipe.model.num_levels - len(rows)) + list(rows)
+        level_gmacs = [count * self.macs(level, size) / 1e9 for level, count in enumerate(rows)]
+        return {"nfe": sum(rows), "gmacs": sum(level_gmacs), "evaluations": rows, "level_gmacs": level_gmacs}
+
     def cost(self, way: Way, settings: Settings) -> dict[str, Any]:
-        """Evaluations of a picture, GMACs and their parts by level, as counted without the network.
+        """What a picture will cost, counted without the network; of no meaning where the solver chooses its steps.
 
         Raises:
             ValueError: if the settings do not fit the network.
         """
         size = self.latent_size(settings)
         counter = way.pipe.check(way.solver, way.guidance, batch=len(settings.classes), size=size)
-        absent = self.pipe.model.num_levels - len(counter.rows)
-        rows = [0] * absent + counter.rows
-        gmacs = [count * self.macs(level, size) / 1e9 for level, count in enumerate(rows)]
-        return {"nfe": sum(rows), "gmacs": sum(gmacs), "evaluations": rows, "level_gmacs": gmacs}
+        return self.cost_of(counter.rows, size)
 
     def plan(self, settings: Settings) -> dict[str, Any]:
-        """What a drawing will cost, beside the finest level alone.
+        """What a drawing will cost, beside the finest level alone, and what training did not show of it.
 
         Raises:
             ValueError: if the settings do not fit the network.
         """
         self._check(settings)
-        way = Way("pyramid", self.at_edges(settings), settings.solver, settings.guidance)
-        if settings.show == "budgets" and not self.pipe.transport.schedule.elastic:
+        own, chosen = self.pipe.transport.schedule, self.at_edges(settings).transport.schedule
+        budgets, finest = (settings.show == show for show in ("budgets", "finest"))
+        if budgets and not own.elastic:
             raise ValueError(
-                "budgets need a network that was trained with --elastic, so that its levels know all times; this one "
-                "knows each level at its own times alone"
+                "budgets need a network that was trained with --elastic, whose levels know all times: of this one each "
+                "level knows its own times alone"
             )
-        counted = not settings.solver.adaptive and settings.show != "budgets"
-        schedule = way.pipe.transport.schedule
+        counted = not settings.solver.adaptive and not budgets
+        pyramid = Way("pyramid", self.at_edges(settings), settings.solver, settings.guidance)
         return {
-            "edges": schedule.level_edges,
-            "pyramid": self.cost(way, settings) if counted else None,
+            "edges": chosen.level_edges,
+            "pyramid": self.cost(pyramid, settings) if counted else None,
             "finest": self.cost(self.finest(settings), settings) if counted and self.has_finest else None,
-            "not_trained": self.pipe.transport.schedule.not_trained(schedule) if settings.show != "budgets" else [],
+            "not_trained": [] if budgets else own.not_trained(chosen),
+            "finest_from": own.edges[-2] if finest and not own.elastic else 0.0,  # time at which its training begins
         }
 
     @property
@@ -252,12 +272,14 @@ class Studio:
         self._check(settings)
         size = self.latent_size(settings)
         ways = self.in_turn(lambda: self.ways(settings))
-        for way in ways:
-            self.in_turn(lambda way=way: self.cost(way, settings))  # refuses now what would fail late
-        for number, way in enumerate(ways):
-            levels = [*range(self.pipe.model.num_levels)][-way.pipe.transport.schedule.num_levels :]
-            edges = way.pipe.transport.schedule.edges
-            spans = [[level, *ends] for level, ends in zip(levels, pairwise(edges), strict=True)]
+        for number, make in enumerate(ways):
+            way = self.in_turn(make)
+            self.in_turn(partial(self.cost, way, settings))  # refuses now what would fail at the end
+            schedule, levels = way.pipe.transport.schedule, range(self.pipe.model.num_levels)
+            spans = [
+                (level, *ends)
+                for level, ends in zip(levels[-schedule.num_levels :], pairwise(schedule.edges), strict=True)
+            ]
             tell({"kind": "way", "way": number, "ways": len(ways), "name": way.name, "spans": spans})
             self._draw(way, settings, size, lambda event, number=number: tell({**event, "way": number}))
 
@@ -266,8 +288,6 @@ class Studio:
         guidance = WatchedGuidance(**vars(way.guidance), evaluate=watch.evaluate)
         x1 = counted.latents(settings.classes, way.solver, guidance, seed=settings.seed, size=size)
         pictures = self.in_turn(lambda: self.pictures(x1))
-        rows = [0] * (len(watch.seconds) - len(counted.model.rows)) + counted.model.rows
-        rows = [count / len(settings.classes) for count in rows]
-        gmacs = self.in_turn(lambda: sum(count * self.macs(level, size) for level, count in enumerate(rows))) / 1e9
-        cost = {"nfe": sum(rows), "gmacs": gmacs, "seconds": sum(watch.seconds), "evaluations": rows}
+        rows = [count / len(settings.classes) for count in counted.model.rows]
+        cost = self.in_turn(lambda: self.cost_of(rows, size)) | {"seconds": sum(watch.seconds)}
         tell({"kind": "done", "pictures": pictures, "cost": cost, "finest_seconds": watch.finest_seconds})

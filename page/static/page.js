@@ -212,22 +212,26 @@ function showPlan() {
     }),
   );
   const where = plan.not_trained.map(([level, start, stop]) => `${about.levels[level].patch.join("x")} patches for t from ${short(start)} to ${short(stop)}`);
-  $("notes").hidden = !where.length;
-  $("notes").textContent = where.length ? `Training did not show this network ${where.join(", nor ")}: only train.py --elastic trains levels for other edges.` : "";
+  const notes = [];
+  if (where.length) notes.push(`Training did not show this network ${where.join(", nor ")}: only train.py --elastic trains levels for other edges.`);
+  if (plan.finest_from) notes.push(`Training showed the finest level times from ${short(plan.finest_from)} on alone, so its pictures from noise say little; its costs are SiT's. Train with --elastic, and both can be compared.`);
+  $("notes").hidden = !notes.length;
+  $("notes").textContent = notes.join(" ");
   about.levels.forEach((_, level) => {
     const cost = plan.pyramid;
     const unused = cost && !cost.evaluations[level];
     $(`spent-${level}`).textContent = cost ? `${cost.evaluations[level]} evaluations, ${gmacs(cost.level_gmacs[level])} GMACs` : "";
     $(`spent-${level}`).closest(".card").classList.toggle("unused", Boolean(unused));
   });
-  const rows = [];
-  if (plan.pyramid) rows.push({ name: "pyramid", parts: plan.pyramid.level_gmacs, gmacs: plan.pyramid.gmacs, nfe: plan.pyramid.nfe });
-  if (plan.finest) rows.push({ name: "finest level alone (SiT)", parts: plan.finest.level_gmacs, gmacs: plan.finest.gmacs, nfe: plan.finest.nfe });
+  const rows = plan.pyramid ? [{ name: "pyramid", ...plan.pyramid }] : [];
+  if (plan.finest) rows.push(finestRow());
   showCosts(rows);
   showCode();
 }
 
-// Bars of GMACs. Rows: {name, parts: GMACs by level, gmacs, nfe, seconds}
+const finestRow = () => ({ name: "finest level alone (SiT)", ...plan.finest });
+
+// Bars of GMACs, the parts of each level in its colour. Rows: {name, level_gmacs, gmacs, nfe, seconds}
 function showCosts(rows) {
   const heads = ["", "", "GMACs per picture", "evaluations", "seconds, all pictures"];
   if (!rows.length) {
@@ -241,7 +245,7 @@ function showCosts(rows) {
   table.append(...heads.map((textContent) => make("span", { className: "head number", textContent })));
   for (const row of rows) {
     const bar = make("span", { className: "bar" });
-    row.parts.forEach((part, level) => {
+    row.level_gmacs.forEach((part, level) => {
       const piece = make("i");
       piece.style.width = percent(part / most);
       piece.style.background = colour(level);
@@ -252,7 +256,7 @@ function showCosts(rows) {
   }
   $("costs").replaceChildren(table);
   if (rows.length === 2 && rows[0].name === "pyramid") {
-    const text = `${(rows[1].gmacs / rows[0].gmacs).toFixed(2)}x less arithmetic than the finest level alone, which is what SiT does.`;
+    const text = `The pyramid takes ${(rows[1].gmacs / rows[0].gmacs).toFixed(2)}x less arithmetic than this network's finest level all the way, which is SiT's.`;
     $("costs").append(make("p", { className: "saves", textContent: text }));
   }
 }
@@ -313,7 +317,7 @@ function makeWay(event, classes) {
   const body = make("div");
   const section = make("div", { className: "way" }, make("h3", {}, event.name, facts), track, body);
   $("result").append(section);
-  const way = { ...event, body, facts, frames: [], reach: 0 };
+  const way = { ...event, body, facts, frames: 0 };
   way.advance = (t) => {
     const width = track.clientWidth;
     done.style.width = percent(t);
@@ -332,18 +336,29 @@ function makeWay(event, classes) {
 // One row for each class, one column for each picture on the way, and the finished one.
 function makeFilm(way, classes) {
   way.body.className = "film";
-  way.body.style.gridTemplateColumns = `max-content repeat(${FRAMES}, minmax(0, 1fr)) minmax(0, 1.45fr)`;
+  setColumns(way, FRAMES);
   way.heads = Array.from({ length: FRAMES + 1 }, (_, frame) => make("span", { className: "time", textContent: frame < FRAMES ? " " : "picture" }));
   way.cells = classes.map(() => Array.from({ length: FRAMES + 1 }, () => make("div", { className: "empty" })));
   way.body.append(make("span"), ...way.heads);
   classes.forEach((label, row) => way.body.append(make("span", { className: "class", textContent: label }), ...way.cells[row]));
 }
 
+function setColumns(way, count) {
+  way.body.style.gridTemplateColumns = `max-content repeat(${count}, minmax(0, 1fr)) minmax(0, 1.45fr)`;
+}
+
+// Where there were fewer steps than columns.
+function dropColumns(way) {
+  for (const row of [way.heads, ...way.cells]) row.splice(way.frames, FRAMES - way.frames).forEach((cell) => cell.remove());
+  setColumns(way, Math.max(way.frames, 6));
+}
+
 function showPictures(way, pictures, level, isDone, t) {
   const figures = pictures.map((url) => picture(url, level, isDone));
   if (!way.cells) return way.body.replaceChildren(...figures);
-  const column = isDone ? FRAMES : way.frames.push(t) - 1;
-  if (column >= FRAMES && !isDone) return;
+  const last = way.heads.length - 1;
+  if (!isDone && way.frames === last) return;
+  const column = isDone ? last : way.frames++;
   if (!isDone) {
     way.heads[column].textContent = `t = ${t.toFixed(2)}`;
     way.heads[column].style.borderBottomColor = colour(level);
@@ -369,28 +384,19 @@ function show(event, state) {
     return;
   }
   way.advance(1);
+  if (way.cells) dropColumns(way);
   showPictures(way, event.pictures, about.levels.length - 1, true);
-  const { nfe, gmacs: each, seconds: took, evaluations } = event.cost;
-  const edgesThere = way.spans.slice(1).map(([, start]) => short(start)).join(", ");
-  way.facts.textContent = `${gmacs(each)} GMACs, ${seconds(took)} s${edgesThere && way.ways > 1 ? `, edge at ${edgesThere}` : ""}`;
-  const parts = evaluations.map((count, level) => count * each_level(each, evaluations, level));
-  state.rows[event.way] = { name: way.name, parts, gmacs: each, nfe, seconds: seconds(took) };
+  const cost = event.cost;
+  const starts = way.spans.slice(1).map(([, start]) => short(start));
+  way.facts.textContent = `${gmacs(cost.gmacs)} GMACs, ${seconds(cost.seconds)} s${starts.length && way.ways > 1 ? `, edge at ${starts.join(", ")}` : ""}`;
+  state.rows[event.way] = { name: way.name, ...cost, seconds: seconds(cost.seconds) };
   const rows = [...state.rows];
-  if (way.ways === 1 && plan.finest) {
-    const about_seconds = event.finest_seconds ? `about ${seconds(event.finest_seconds)}` : "–";
-    rows.push({ name: "finest level alone (SiT)", parts: plan.finest.level_gmacs, gmacs: plan.finest.gmacs, nfe: plan.finest.nfe, seconds: about_seconds });
-  }
+  if (way.ways === 1 && plan.finest) rows.push({ ...finestRow(), seconds: event.finest_seconds ? `about ${seconds(event.finest_seconds)}` : undefined });
   showCosts(rows);
 }
 
-// GMACs of one evaluation at a level, such that all of them make the total.
-function each_level(total, evaluations, level) {
-  const weights = about.levels.map((each) => each.gmacs);
-  const sum = evaluations.reduce((all, count, index) => all + count * weights[index], 0);
-  return sum ? (weights[level] * total) / sum : 0;
-}
-
 async function draw() {
+  clearTimeout(timer);
   const text = query();
   if (!(await ask(text))) return;
   history.replaceState(null, "", `?${plan.query}`);
@@ -422,7 +428,15 @@ async function draw() {
 function showCode() {
   $("code").hidden = !shown;
   for (const button of document.querySelectorAll("[data-shows]")) button.classList.toggle("chosen", button.dataset.shows === shown);
-  if (shown) $("code").textContent = { link: `${location.origin}/?${plan.query}`, command: plan.command, python: plan.python }[shown];
+  if (!shown) return;
+  const link = `${location.origin}/?${plan.query}`;
+  const text = { link, command: plan.command, python: plan.python }[shown];
+  const copy = make("button", { type: "button", textContent: "copy" });
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "copied";
+  });
+  $("code").replaceChildren(shown === "link" ? make("a", { href: link, textContent: text }) : text, copy);
 }
 
 // -- Begin -----------------------------------------------------------------------------------------------------------
