@@ -38,7 +38,9 @@ SCALES = {True: 1.5, False: 4.0}  # of guidance: for pixels, for latents
 def build_parser() -> cli.ArgumentParser:
     """The flags of app.py: those of sample.py that name the network."""
     parser = cli.ArgumentParser(prog="app.py", description="Serve a page that draws with a trained network.")
-    parser.add_argument("--port", type=cli.natural_int, default=PORT, help="of 127.0.0.1; 0 for any that is free")
+    parser.add_argument(
+        "--port", type=cli.number(int, 0, 65535), default=PORT, help="of 127.0.0.1; 0 for any that is free"
+    )
     cli.add_network_args(parser)
     names = ("level_edges", "cfg_scales", "cfg_channels", "cfg_interval")
     names += ("rope", "decouple", "attention_scale", "interpolation", "ori_max_pe_len")
@@ -120,7 +122,7 @@ def serve(argv: Sequence[str] | None = None) -> PageServer:
     args = build_parser().parse_args(argv)
     if not args.ckpt and not args.model:
         if not Path(DEMO).exists():
-            raise UserError(f"{DEMO} is not there: run `make demo` first, or give --ckpt or --model")
+            raise UserError(f"{DEMO} is not there: run `make demo` first, or give --ckpt (make app CKPT=...)")
         args.ckpt = [DEMO]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = args.precision or default_precision(device, training=False)
@@ -132,7 +134,11 @@ def serve(argv: Sequence[str] | None = None) -> PageServer:
         studio = Studio(pipe)
         studio.warm_up()
         settings, facts = first_settings(pipe), about(pipe)
-        return PageServer(studio, settings, facts, network_flags(args), python_arguments(args, pipe), args.port)
+    names = network_flags(args), python_arguments(args, pipe)
+    try:
+        return PageServer(studio, settings, facts, *names, args.port)
+    except OSError as error:
+        raise UserError(f"port {args.port} of 127.0.0.1: {error.strerror}; give another --port") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

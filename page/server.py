@@ -1,4 +1,4 @@
-"""The page's server: three files, and two questions about settings that are answered by a Studio.
+"""The page's server: a few files, and two questions about settings that are answered by a Studio.
 
     GET /               the page; a query in its URL is a setting, which the page asks about
     GET /plan?QUERY     what a drawing would cost, its link, command line and program, as JSON
@@ -29,12 +29,10 @@ from page.settings import Settings
 from runtime.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
-FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
-}
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
+SCRIPTS = ("levels.js", "pictures.js", "page.js")
+FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
+FILES |= {f"/{name}": (name, "text/javascript") for name in SCRIPTS}
+HOSTS = ("127.0.0.1", "localhost", "::1")
 CONTENT = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"  # nothing from other hosts
 FAULTS = (ValueError, FloatingPointError, OSError, UserError)  # of what was asked for; their text says what to do
 
@@ -97,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in [host.strip("[]") for host in HOSTS]:
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in HOSTS:
             self.answer(403, {"error": "this page is for 127.0.0.1 alone"})
         elif url.path in FILES:
             name, kind = FILES[url.path]

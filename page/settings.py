@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -55,8 +56,8 @@ class Settings:
             raise ValueError(f"give 1 to {MAX_IMAGES} classes, not {len(self.classes)}")
         if any(not 0 <= label < 2**31 for label in self.classes):
             raise ValueError("classes are numbers from 0 on")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed is a whole number from 0 to 2^63 - 1, not {self.seed}")
+        if not 0 <= self.seed < 2**53:  # a browser's numbers
+            raise ValueError(f"the seed is a whole number from 0 to 2^53 - 1, not {self.seed}")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise ValueError("a size is a height and a width, as 160x480")
         if self.size is not None and math.prod(self.size) > MAX_PIXELS:
@@ -202,10 +203,10 @@ READ: dict[str, Callable[[str], Any]] = {
 
 
 def _plain(value: float | str) -> str:
-    """A number in the fewest digits that tell it, 2 for 2.0; a word as it is."""
+    """A number in the fewest digits that tell it and no exponent, which argparse takes for a flag; a word as it is."""
     if isinstance(value, str):
         return value
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+    return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
 
 
 def _written(value: Any) -> str:
