@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from small_autoencoders import FACTOR, save_kl
 from test_any_size import SIZE, random_weights, save_run
 
 import app
 import sample
-import train
 import train_utils as cli
 from experts import ExpertPatchDiT, create_expert
 from models import create_model
@@ -35,6 +33,7 @@ from pipeline import Pipeline
 from runtime.logs import to_uint8
 from runtime.rng import Stream, sample_generators
 from transport import ODE, Guidance
+from weights.pretrained import default_transport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,12 +118,22 @@ BAD = {  # a query, and what the sentence has
 # -- A server -------------------------------------------------------------------------------------------------------
 
 
+ERRORS = {"sums": [[part + 3 for part in range(10)], [3.5] * 10], "counts": [[10.0] * 10] * 2}  # equal at t = 0.1
+
+
+def save_network(folder: Path, elastic: bool) -> Path:
+    """A run's folder with a small pyramid of random weights."""
+    model = random_weights(create_model("PPF-T-2", **SIZE))
+    process = default_transport(model) | {"level_edges": [0.5]}
+    more = {"transport": process | {"elastic": 0.5}, "level_errors": ERRORS} if elastic else {"transport": process}
+    (folder / "checkpoints").mkdir(parents=True)
+    save_run(model, folder / "checkpoints" / "0000007.pt", **more)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of PPF-T-2 after a few steps with elastic levels."""
-    folder = tmp_path_factory.mktemp("runs") / "elastic"
-    train.train([*TINY, "--run-dir", str(folder), "--max-steps", "12", "--elastic", "0.5"])
-    return folder
+    return save_network(tmp_path_factory.mktemp("runs") / "elastic", elastic=True)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +222,7 @@ def test_bad_input_is_a_sentence(server: PageServer, query: str) -> None:
     assert BAD[query] in events[0]["error"]
 
 
+@pytest.mark.slow
 def test_budgets_that_cannot_be_are_refused_before_anything_is_drawn(server: PageServer) -> None:
     for query, sentence in {
         "budgets=1,0.01": "a budget is a share",
@@ -248,9 +258,9 @@ def test_a_failure_inside_is_told_too(
     [
         "classes=3,1&steps=6&scales=1.5,2&edges=0.3&seed=5",
         "classes=4&steps=3,4&scales=1.5,2&show=finest",
-        "classes=4,2&steps=8&show=budgets&budgets=1,0.6,0.3",
-        "classes=1&mode=SDE&method=Euler&steps=9&scales=2",
-        "classes=1&method=bosh3&scales=1",
+        pytest.param("classes=4,2&steps=8&show=budgets&budgets=1,0.6,0.3", marks=pytest.mark.slow),
+        pytest.param("classes=1&mode=SDE&method=Euler&steps=9&scales=2", marks=pytest.mark.slow),
+        pytest.param("classes=1&method=bosh3&scales=1", marks=pytest.mark.slow),
     ],
 )
 def test_command_and_program_draw_the_pages_pictures(
@@ -348,8 +358,8 @@ def test_closing_the_connection_cancels_the_drawing(server: PageServer, monkeypa
 # -- Other networks, and the command --------------------------------------------------------------------------------
 
 
-def test_a_network_without_elastic_levels(tiny_run: Path) -> None:
-    with app.serve(["--ckpt", str(tiny_run), "--port", "0"]) as server:
+def test_a_network_without_elastic_levels(tmp_path: Path) -> None:
+    with app.serve(["--ckpt", str(save_network(tmp_path / "plain", elastic=False)), "--port", "0"]) as server:
         assert not server.about["elastic"]
         with pytest.raises(ValueError, match="--elastic"):
             server.plan("show=budgets")
@@ -357,6 +367,7 @@ def test_a_network_without_elastic_levels(tiny_run: Path) -> None:
         assert server.plan("show=finest")["finest_from"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_network_of_any_size(tmp_path: Path) -> None:
     model = random_weights(create_model("PPFiT-T-3", **{**SIZE, "input_size": 16}))
     ckpt = save_run(model, tmp_path / "a.pt")
@@ -383,6 +394,7 @@ def events_of(server: PageServer, query: str) -> list[dict[str, Any]]:
     return [*events, {"kind": "end"}]
 
 
+@pytest.mark.slow
 def test_latents_are_decoded(tmp_path: Path) -> None:
     model = random_weights(create_model("PPF-T-2", **{**SIZE, "in_channels": 4}))
     vae = save_kl(tmp_path / "vae")
@@ -396,6 +408,7 @@ def test_latents_are_decoded(tmp_path: Path) -> None:
         assert images.shape == (1, 1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_experts_have_no_finest_level_for_all_times(tmp_path: Path) -> None:
     experts = ExpertPatchDiT([create_expert("PPF-T-2", range(level, level + 1), **SIZE) for level in range(2)], (0.5,))
     ckpt = save_run(random_weights(experts), tmp_path / "a.pt")
@@ -408,6 +421,7 @@ def test_experts_have_no_finest_level_for_all_times(tmp_path: Path) -> None:
                 events_of(server, query)
 
 
+@pytest.mark.slow
 def test_flags_that_name_the_network_are_told(run: Path) -> None:
     flags = ["--ckpt", str(run), "--weights", "model", "--sample-eps", "0.01", "--precision", "bf16"]
     with app.serve([*flags, "--port", "0"]) as server:
@@ -431,6 +445,7 @@ def test_trouble_at_the_start_is_one_line(
     assert "--port" in refuses(app.main, "--port", "70000")
 
 
+@pytest.mark.slow
 def test_without_flags_it_opens_the_demos_network(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
