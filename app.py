@@ -28,8 +28,8 @@ from transport import ADAPTIVE_METHODS, ODE_METHODS, SDE_METHODS
 DEMO = "results/demo"
 PORT = 7860
 SHOWN_CLASSES = 4
-NETWORK = (  # flags that sample.py has as well
-    *("ckpt", "model", "image_size", "num_classes", "vae", "weights", "precision", "compile", "offload_experts"),
+NETWORK = (  # flags that sample.py has as well; --image-size is among the settings
+    *("ckpt", "model", "num_classes", "vae", "weights", "precision", "compile", "offload_experts"),
     *cli.PROCESS_FLAGS,
 )
 SCALES = {True: 1.5, False: 4.0}  # of guidance: for pixels, for latents

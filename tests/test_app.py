@@ -423,11 +423,11 @@ def test_experts_have_no_finest_level_for_all_times(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_flags_that_name_the_network_are_told(run: Path) -> None:
-    flags = ["--ckpt", str(run), "--weights", "model", "--sample-eps", "0.01", "--precision", "bf16"]
+    flags = ["--ckpt", str(run), "--num-classes", "10", "--sample-eps", "0.01", "--precision", "bf16"]
     with app.serve([*flags, "--port", "0"]) as server:
         told = server.plan("steps=4&classes=1")
         args = cli.parse_mode_first(sample.build_parser(), shlex.split(told["command"])[2:])
-        assert (args.ckpt, args.weights, args.sample_eps, args.precision) == ([str(run)], "model", 0.01, "bf16")
+        assert (args.ckpt, args.num_classes, args.sample_eps, args.precision) == ([str(run)], 10, 0.01, "bf16")
         drawn = finished(events_of(server, "steps=4&classes=1"))
     names: dict[str, Any] = {}
     exec(told["python"], names)

@@ -67,7 +67,7 @@ function query() {
     mode,
     method,
     steps: $("steps").value,
-    scales: scales.join(","),
+    scales: scales.map((scale) => scale || "nothing").join(","),
     ...(about.edges.length ? { edges: edges.join(",") } : {}),
     show: document.querySelector("[name=show]:checked").value,
     budgets: $("budgets").value,
