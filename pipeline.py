@@ -32,11 +32,11 @@ from runtime.errors import note
 from runtime.memory import check_evaluation
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, create_transport, edges_for
+from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, edges_for
 from transport.grids import Grid
 from transport.solvers import check_ode_method
 from transport.wrappers import EvaluationCounter, FinestLevel, Wrapper, Zero
-from weights.pretrained import check_claims, load_pretrained
+from weights.pretrained import load_pretrained, process_of
 
 DEFAULT_ODE = ODE()
 UNGUIDED = Guidance()
@@ -123,41 +123,7 @@ class Pipeline:
             if file.model.position != "rope":
                 raise ValueError(f"{source} has sine-cosine positions: a scaling is for rotary ones, leave it out")
             file.model.rope_scaling = rope
-        own = create_transport(**file.transport, check_ends=False)
-        given = {name: value for name, value in (process or {}).items() if value is not None}
-        if not isinstance(given.get("prediction", ""), str):
-            given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
-        trained_with = {
-            "path_type": own.path.name,
-            "prediction": own.prediction,
-            "loss_weight": own.loss_weight,
-            "train_eps": own.train_eps,
-            "aug_dim": own.aug_dim,
-        }
-        check_claims({name: given.get(name) for name in file.stated}, trained_with, source)
-        config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
-        if own.sampling_singularity() and "sample_eps" not in given:
-            config["sample_eps"], before = None, own.sample_eps
-            own = create_transport(**config)
-            note(f"{source} has sample_eps {before:g}, from which no solver can start: {own.sample_eps:g} is used")
-        if level_edges is not None:
-            given["level_edges"] = level_edges
-        used = ("path_type", "prediction", "sample_eps", "level_edges", "aug_dim")
-        transport = create_transport(**config | {name: given[name] for name in used if name in given})
-        transport.check_levels(file.model)
-        if pieces := own.schedule.not_trained(transport.schedule):
-            parts = ", ".join(f"level {level} for t in [{low:g}, {high:g}]" for level, low, high in pieces)
-            note(f"{source} was not trained with {parts}: only train.py --elastic trains levels for other edges")
-        before, after = (
-            {
-                "path_type": each.path.name,
-                "prediction": each.prediction,
-                "sample_eps": each.sample_eps,
-                "aug_dim": each.aug_dim,
-            }
-            for each in (own, transport)
-        )
-        changed = {name: value for name, value in after.items() if value != before[name]}
+        transport, changed = process_of(file, source, level_edges, process)
         scaling = None if file.scaling is None else Scaling.from_dict(file.scaling)
         origin = file.name, file.step, changed, source, file.steps, file.level_errors
         return cls(file.model, transport, vae or file.vae, scaling, *origin)

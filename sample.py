@@ -79,8 +79,6 @@ def check_flags(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--likelihood and --reverse are two questions: give one of them")
     if given_images and not args.data_path:
         parser.error("--likelihood and --reverse need --data-path: 'digits', or a folder or zip archive of images")
-    if args.step_grid == "auto" and args.budget:
-        parser.error("--step-grid auto is measured for given --level-edges, not for --budget; sample_ddp.py takes both")
     for name, takes_effect in (
         ("data_path", given_images),
         ("num_images", given_images),
@@ -311,6 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.compare_finest:
             pipe.finest_only()
         pipe.check(solver, guidance, args.likelihood, args.reverse, number_together(args, pipe))
+        for budget in args.budget or ():
+            pipe.at_budget(budget, solver, guidance)
         cli.warn_of_null_level(pipe, guidance.null_level)
     solver = cli.step_grid_from(args, pipe, solver, guidance, digest)
     job(args, pipe, solver, guidance, out)

@@ -343,11 +343,16 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, str]:
     guidance = cli.guidance_from(args, 1.0 if likelihood else cli.evaluation_scales(num_levels))
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
-    if args.budget is not None:
-        pipe = pipe.at_budget(args.budget, solver, guidance)
-    cost = pipe.check(solver, guidance, likelihood, batch=min(args.per_proc_batch_size, args.num_fid_samples))
+    together = min(args.per_proc_batch_size, args.num_fid_samples)
+    cost = cli.at_budget(pipe, args.budget, solver, guidance).check(solver, guidance, likelihood, batch=together)
     cli.warn_of_null_level(pipe, guidance.null_level)
     return Job(args, pipe, solver, guidance, cost), digest
+
+
+def settle(job: Job, solver: Solver) -> Job:
+    """The job with measured steps, and with the level edges of its budget for these (ValueError if it has none)."""
+    pipe = cli.at_budget(job.pipe, job.args.budget, solver, job.guidance)
+    return job._replace(pipe=pipe, solver=solver, cost=pipe.check(solver, job.guidance))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -359,12 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_flags(vars(args), processes, but={"ckpt", "vae", "sample_dir"})
     job, digest = agree(lambda: set_up(args, processes), processes)
     solver = on_main(lambda: cli.step_grid_from(args, job.pipe, job.solver, job.guidance, digest), processes)
-    if grid_of(solver):
-        pipe = job.pipe
-        if args.budget is not None:  # the grid moves steps between the levels
-            with user_input():
-                pipe = pipe.at_budget(args.budget, solver, job.guidance)
-        job = job._replace(pipe=pipe, solver=solver, cost=pipe.check(solver, job.guidance))
+    with user_input():
+        job = settle(job, solver)
 
     def find_missing() -> tuple[Path, list[int]]:
         folder = prepare_folder(job, digest)

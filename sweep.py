@@ -55,7 +55,7 @@ from runtime.files import complete_file
 from runtime.logs import to_uint8
 from runtime.rng import Stream, label_of, sample_generators
 from runtime.speed import default_precision, precision_note
-from transport import FIXED_METHODS, ODE, Guidance, PatchSchedule
+from transport import FIXED_METHODS, ODE, Guidance
 from weights.layouts import fingerprint
 from weights.published import cache_folder
 
@@ -185,6 +185,19 @@ def build_parser() -> cli.ArgumentParser:
 # Measurement
 
 
+def sampler_of(pipe: Pipeline, setting: Setting, channels: int | None) -> tuple[Pipeline, ODE, Guidance]:
+    """The pipeline, solver and guidance of a setting (ValueError if it does not fit the network).
+
+    Args:
+        channels: that are guided
+    """
+    pipe = copy.copy(pipe)
+    pipe.transport = pipe.transport.with_edges(setting.edges)
+    pipe.transport.check_levels(pipe.model)
+    guidance = Guidance(setting.scales, channels, setting.interval, setting.null_level)
+    return pipe, ODE(setting.solver, setting.steps), guidance
+
+
 class Job(NamedTuple):
     """A network, and the reference that its samples are compared with."""
 
@@ -195,13 +208,8 @@ class Job(NamedTuple):
     extractor: Extractor
 
     def sampler_of(self, setting: Setting) -> tuple[Pipeline, ODE, Guidance]:
-        """The pipeline, solver and guidance of a setting (ValueError if it does not fit the network)."""
-        pipe = copy.copy(self.pipe)
-        pipe.transport = copy.copy(pipe.transport)
-        pipe.transport.schedule = PatchSchedule(setting.edges)
-        pipe.transport.check_levels(pipe.model)
-        guidance = Guidance(setting.scales, self.args.cfg_channels, setting.interval, setting.null_level)
-        return pipe, ODE(setting.solver, setting.steps), guidance
+        """See `sampler_of`."""
+        return sampler_of(self.pipe, setting, self.args.cfg_channels)
 
 
 class Sweep:
@@ -354,6 +362,16 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
     pipe = cli.load_pipeline(args)
     digest = fingerprint(pipe.model) if processes.is_main else ""
     pipe.to(processes.device, precision, args.compile, args.offload_experts)
+    space = space_of(args, pipe.transport.schedule.level_edges)
+    strongest = tuple(max(options) for options in space.scales)  # a level that may be guided is
+    for start in space.starts(scales_of_evaluation(space)):
+        for interval, null_level in product(space.intervals, space.null_levels):
+            scales = start.scales if null_level is None else strongest
+            setting = replace(start, scales=scales, interval=interval, null_level=null_level)
+            other, solver, guidance = sampler_of(pipe, setting, args.cfg_channels)
+            other.check(solver, guidance)
+    for null_level in space.null_levels:
+        cli.warn_of_null_level(pipe, null_level)
     own = WEIGHTS.get(args.features)
     for flag in dict.fromkeys(WEIGHTS.values()):
         if getattr(args, flag) is not None and flag != own:
@@ -363,17 +381,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> tuple[Job, Space, 
     if side.images is not None and extractor.resize == "none" and side.images.image_size != pipe.image_size:
         sizes = ["x".join(map(str, size)) for size in (side.images.image_size, pipe.image_size)]
         raise ValueError(f"{args.reference} holds images of {sizes[0]}, and the samples are {sizes[1]}: resize them")
-    job, space = Job(args, processes, pipe, side, extractor), space_of(args, pipe.transport.schedule.level_edges)
-    strongest = tuple(max(options) for options in space.scales)  # a level that may be guided is
-    for start in space.starts(scales_of_evaluation(space)):
-        for interval, null_level in product(space.intervals, space.null_levels):
-            scales = start.scales if null_level is None else strongest
-            setting = replace(start, scales=scales, interval=interval, null_level=null_level)
-            other, solver, guidance = job.sampler_of(setting)
-            other.check(solver, guidance)
-    for null_level in space.null_levels:
-        cli.warn_of_null_level(pipe, null_level)
-    return job, space, digest
+    return Job(args, processes, pipe, side, extractor), space, digest
 
 
 def scales_of_evaluation(space: Space) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from data.datasets import AnyDataset
 from data.sizes import SizeRule
 from experts import Network
 from models import MODELS, canonical_name
-from pipeline import Pipeline, check_claims
+from pipeline import Pipeline
 from positions import ATTENTION_SCALES, POSITIONS, ROPE_KINDS, RopeScaling
 from runtime.errors import UserError, note, user_input, user_output
 from runtime.speed import PRECISIONS
@@ -42,7 +42,7 @@ from transport import (
 )
 from transport.grids import Grid
 from transport.solvers import check_grid_method
-from weights.pretrained import locate
+from weights.pretrained import check_claims, locate
 from weights.step_grids import kept_grid, what_decides
 
 SHOWN_METHODS = ("ab2", "dpmpp_2m", "euler")
@@ -926,10 +926,17 @@ def solver_from(args: argparse.Namespace, default: ODE | None = None) -> ODE | S
     return ODE(default.method, steps_from(steps or [50]), args.atol or default.atol, args.rtol or default.rtol)
 
 
+def at_budget(pipe: Pipeline, budget: float | None, solver: ODE | SDE, guidance: Guidance) -> Pipeline:
+    """The pipeline with the level edges of --budget; without the flag as it is (ValueError as Pipeline.at_budget)."""
+    return pipe if budget is None else pipe.at_budget(budget, solver, guidance)
+
+
 def step_grid_from(
     args: argparse.Namespace, pipe: Pipeline, solver: ODE | SDE, guidance: Guidance, digest: str
 ) -> ODE | SDE:
     """The solver with the grid that --step-grid asks for: found beside the weights, or measured and kept there.
+
+    It is measured at the pipeline's own level edges; a --budget takes the steps as they then are.
 
     Args:
         digest: `fingerprint` of the weights as they were read

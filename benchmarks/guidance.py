@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 
 import train_utils as cli
 from benchmarks.quality import Judge, once
-from benchmarks.recipes import RECIPES, VelocityNetwork, transport_of
+from benchmarks.recipes import open_network
 from metrics.classifiers import load_classifier
 from metrics.images import open_images
 from pipeline import Pipeline
@@ -59,30 +58,16 @@ class Pixels(NamedTuple):
     num_training: int
 
 
-def open_network(path: Path) -> Pipeline:
-    """The network of --ckpt (ValueError, OSError if it cannot be read)."""
-    name, size = re.fullmatch(r"(.+)-\d+", path.parent.name), re.fullmatch(r"(\d+)x\1", path.parent.parent.name)
-    if not (path.is_file() and name and size and name[1] in RECIPES):
-        return Pipeline.load(path)
-    weights, recipe = torch.load(path, weights_only=True), RECIPES[name[1]]
-    table = next(tensor for key, tensor in weights.items() if key.endswith("y_embedder.embedding_table.weight"))
-    transport = transport_of(recipe)
-    network = VelocityNetwork(recipe, int(size[1]), len(table) - 1, transport)
-    network.load_state_dict(weights)
-    network.input_size = network.inner.input_size
-    return Pipeline(network.eval(), transport, name=name[1])
-
-
 @torch.no_grad()
 def draw(
-    pipe: Pipeline, kind: str, solver: ODE, guidance: Guidance, number: int
+    pipe: Pipeline, kind: str, solver: ODE, guidance: Guidance, number: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, EvaluationCounter]:
     """Images (N, 3, H, W) uint8 with their labels (N,), and the count of the evaluations."""
     labels, images = torch.arange(number) % pipe.model.num_classes, []
     counted = pipe.counted()
     guided = counted._with_model(SampleLabels(counted.model)) if kind == "weak-level" else counted
     for indices in torch.arange(number).split(250):
-        generators = sample_generators(0, indices.tolist(), Stream.SAMPLES)
+        generators = sample_generators(seed, indices.tolist(), Stream.SAMPLES)
         x1 = guided.latents(labels[indices], solver, guidance, generators)
         images.append(to_uint8(pipe.autoencoder.decode(x1)).expand(-1, 3, -1, -1))
     return torch.cat(images), labels, counted.model

@@ -25,13 +25,23 @@ import torch
 
 import train_utils as cli
 from benchmarks import recipes
-from benchmarks.recipes import RECIPES, Data, Recipe, VelocityNetwork, loss_of_step, train_run, transport_of
+from benchmarks.recipes import (
+    RECIPES,
+    Data,
+    Recipe,
+    VelocityNetwork,
+    add_training_args,
+    loss_of_step,
+    open_study,
+    train_run,
+    transport_of,
+)
 from benchmarks.timing import machine, time_in_turns
 from metrics.classifiers import Classifier, load_classifier, train_classifier
 from metrics.scores import precision_recall
 from metrics.statistics import Moments, frechet_distance
 from pipeline import EvaluationCounter
-from runtime.errors import run_script, user_input
+from runtime.errors import run_script
 from runtime.files import complete_file
 from runtime.logs import save_grid, to_uint8
 from runtime.rng import Stream, sample_generators
@@ -112,6 +122,21 @@ class Judge:
             "precision": float(precision),
             "recall": float(recall),
         }
+
+
+def open_judge(data: Data, folder: Path, epochs: int) -> Judge:
+    """The judge of a study, whose classifier is trained on the images so many epochs, once for a folder."""
+    file, seen = folder / "classifier.pt", data.num_training
+    if not file.exists():
+        train_classifier("cifar", data.pixels[:seen].__getitem__, data.labels[:seen], epochs).save(file)
+    return Judge(load_classifier("cifar", data.pixels.shape[1:3], path=file), data)
+
+
+def held_out_scores(judge: Judge, data: Data, number: int, folder: Path) -> dict[str, float]:
+    """Scores of so many real images that no network has seen; kept in OUT/results.json."""
+    images = torch.from_numpy(data.pixels[data.num_training :][:number]).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(data.labels[data.num_training :][:number])
+    return once(folder / "results.json", f"real {number}", lambda: judge(images, labels))
 
 
 def once(file: Path, key: str, make: Any) -> Any:
@@ -306,9 +331,8 @@ def plot(results: Mapping[tuple[str, int], dict[str, Any]], path: Path) -> None:
 def build_parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(prog="benchmarks.quality", description="Quality of pyramids beside SiT's, in pixels.")
+    add_training_args(parser)
     add = parser.add_argument
-    add("data_path", help="zip archive of labelled images, as EDM's CIFAR-10")
-    add("--image-size", type=cli.positive_int, default=16, help="side of the images")
     add(
         "--runs",
         nargs="+",
@@ -319,8 +343,6 @@ def build_parser() -> cli.ArgumentParser:
     )
     add("--seeds", type=cli.natural_int, nargs="+", default=[0, 1], help="seeds of each run")
     add("--steps", type=cli.positive_int, default=3000, help=f"optimizer steps, a multiple of {2 * recipes.KEEP_EVERY}")
-    add("--batch-size", type=cli.positive_int, default=64, help="images per step")
-    add("--lr", type=cli.positive_float, default=1e-3, help="AdamW's learning rate")
     add(
         "--guidance",
         type=guidance_setting,
@@ -341,7 +363,6 @@ def build_parser() -> cli.ArgumentParser:
     add("--num-held-out", type=cli.positive_int, default=1000, help="images of the velocity's error")
     add("--classifier-epochs", type=cli.positive_int, default=10, help="epochs of the classifier's training")
     add("--repeats", type=cli.natural_int, default=5, help="timed steps and draws of each run; 0: no table of seconds")
-    add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
     add("--out", type=Path, default=Path("results/quality"), help="folder for runs, measurements, tables and curves")
     return parser
 
@@ -352,23 +373,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps % (2 * recipes.KEEP_EVERY):
         parser.error(f"--steps must be a multiple of {2 * recipes.KEEP_EVERY}, got {args.steps}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder = args.out / f"{args.image_size}x{args.image_size}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with user_input():
-        data = Data(args.data_path, args.image_size, folder)
-    size = (args.image_size, args.image_size)
-    if not (folder / "classifier.pt").exists():
-        seen = data.num_training
-        classifier = train_classifier(
-            "cifar", data.pixels[:seen].__getitem__, data.labels[:seen], args.classifier_epochs
-        )
-        classifier.save(folder / "classifier.pt")
-    judge = Judge(load_classifier("cifar", size, path=folder / "classifier.pt"), data)
-    held_out = torch.from_numpy(data.pixels[data.num_training :][: args.num_samples]).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(data.labels[data.num_training :][: args.num_samples])
-    real = once(folder / "results.json", f"real {args.num_samples}", lambda: judge(held_out, labels))
+    data, folder = open_study(args)
+    judge = open_judge(data, folder, args.classifier_epochs)
+    real = held_out_scores(judge, data, args.num_samples, folder)
     results = {}
     for seed in args.seeds:
         for name in args.runs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+import train_utils as cli
 from data.images import ImageArchive
 from experts import ExpertPatchDiT, create_expert
 from models import create_model
+from pipeline import Pipeline
+from runtime.errors import user_input
 from runtime.files import complete_file
 from runtime.logs import to_uint8
 from runtime.rng import Stream, sample_generators
@@ -25,6 +30,7 @@ from weights.layouts import initialize_levels
 
 HELD_OUT = 5000  # images, the last ones: neither the classifier nor a run is trained on them
 KEEP_EVERY = 250  # steps
+EQUAL_COST = "-equal-cost"  # end of the name of a recipe that goes on with the run of the same name
 
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
@@ -50,6 +56,7 @@ class Recipe:
         coarse_weight: factor of the loss of every level but the finest
         wide:          the coarse patches are embedded by an MLP instead of a linear layer
         experts:       levels share no parameters (Patch Diffusion, arXiv:2207.04316)
+        elastic:       probability that a sample's level is drawn from all levels (train.py --elastic)
         shapes:        (height, width) in quarters of the image's side: each sample has one of them, and only networks
                        with rotary positions take others than the square
     """
@@ -65,6 +72,7 @@ class Recipe:
     coarse_weight: float = 1.0
     wide: bool = False
     experts: bool = False
+    elastic: float = 0.0
     shapes: tuple[tuple[int, int], ...] = (SQUARE,)
 
 
@@ -77,6 +85,7 @@ RECIPES = {
     "ppf3-equal-cost": Recipe("PPF-T-3", longer=2.0),
     "ppf2-experts-equal-cost": Recipe("PPF-T-2", longer=1.6, experts=True),
     "ppf2-coarse-data-equal-cost": Recipe("PPF-T-2", longer=1.6, coarse_data=True),
+    "ppf2-elastic-equal-cost": Recipe("PPF-T-2", longer=1.6, elastic=0.5),
     "ppf2-edge-0.25": Recipe("PPF-T-2", edges=(0.25,)),
     "ppf2-edge-0.35": Recipe("PPF-T-2", edges=(0.35,)),
     "ppf2-edge-0.65": Recipe("PPF-T-2", edges=(0.65,)),
@@ -116,6 +125,11 @@ class VelocityNetwork(nn.Module):
                     nn.Linear(linear.in_features, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
                 )
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(H, W) of the samples."""
+        return self.inner.input_size
+
     def forward(self, x: Any, t: Any, y: Any, level: Any = 0) -> Any:
         outputs = self.inner(x, t, y, level=level)
         if not self.coarse_data:
@@ -145,7 +159,7 @@ def transport_of(recipe: Recipe) -> Transport:
     """The process: the Linear path with a velocity, as published."""
     levels = create_model(recipe.model, input_size=8).num_levels
     edges = PatchSchedule.default(levels).level_edges if recipe.edges is None else recipe.edges
-    return create_transport(level_edges=edges)
+    return create_transport(level_edges=edges, elastic=recipe.elastic)
 
 
 class Data:
@@ -203,6 +217,34 @@ class Data:
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(self.labels[numbers])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# What the studies share of their commands
+
+
+def add_training_args(parser: cli.ArgumentParser) -> None:
+    """Add the images and what training takes but for the number of steps."""
+    add = parser.add_argument
+    add("data_path", help="zip archive of labelled images, as EDM's CIFAR-10")
+    add("--image-size", type=cli.positive_int, default=16, help="side of the images, or of the square of many sizes")
+    add("--batch-size", type=cli.positive_int, default=64, help="images per step")
+    add("--lr", type=cli.positive_float, default=1e-3, help="AdamW's learning rate")
+    add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
+
+
+def open_study(args: argparse.Namespace) -> tuple[Data, Path]:
+    """The images, and the folder under --out of all that is kept for images of their size."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = args.out / f"{args.image_size}x{args.image_size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with user_input():
+        return Data(args.data_path, args.image_size, folder), folder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
 def loss_of_step(
     recipe: Recipe, network: VelocityNetwork, data: Data, step: int, seed: int, batch_size: int
 ) -> torch.Tensor:
@@ -211,7 +253,7 @@ def loss_of_step(
     transport = network.transport
     schedule, finest = transport.schedule, network.num_levels - 1
     t = transport.sample_times(batch_size, g)
-    level = schedule.level_at(t)
+    level = schedule.sample_levels(t, g)
     weight = torch.where(level < finest, recipe.coarse_weight / recipe.coarse_batch, 1.0)
     if recipe.coarse_batch > 1:  # more samples at the times of coarse levels
         coarse = t[level < finest]
@@ -265,7 +307,7 @@ def train_run(
         ValueError: if the run has gone on beyond these steps without keeping the network there.
     """
     recipe = RECIPES[name]
-    run = folder / f"{name.removesuffix('-equal-cost')}-{seed}"  # which continues the run of that name
+    run = folder / f"{name.removesuffix(EQUAL_COST)}-{seed}"  # which continues the run of that name
     last = round(steps * recipe.longer)
     image_size = data.pixels.shape[1]
     torch.manual_seed(seed)
@@ -309,3 +351,17 @@ def train_run(
                 with complete_file(run / f"{step:06d}.pt") as temporary:
                     torch.save(ema.state_dict(), temporary)
     return ema.eval()
+
+
+def open_network(path: Path) -> Pipeline:
+    """The network of a checkpoint, or one that `train_run` kept (ValueError, OSError if it cannot be read)."""
+    run, size = re.fullmatch(r"(.+)-\d+", path.parent.name), re.fullmatch(r"(\d+)x\1", path.parent.parent.name)
+    name = next((name for name in RECIPES if run and name.removesuffix(EQUAL_COST) == run[1]), None)
+    if not (path.is_file() and name and size):
+        return Pipeline.load(path)
+    weights, recipe = torch.load(path, weights_only=True), RECIPES[name]
+    table = next(tensor for key, tensor in weights.items() if key.endswith("y_embedder.embedding_table.weight"))
+    transport = transport_of(recipe)
+    network = VelocityNetwork(recipe, int(size[1]), len(table) - 1, transport)
+    network.load_state_dict(weights)
+    return Pipeline(network.eval(), transport, name=run[1])

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 
 import train_utils as cli
 from benchmarks.quality import Judge, draw, mean_and_error, once
-from benchmarks.recipes import RECIPES, SHAPES, SQUARE, Data, VelocityNetwork, train_run
+from benchmarks.recipes import RECIPES, SHAPES, SQUARE, Data, VelocityNetwork, add_training_args, open_study, train_run
 from metrics.classifiers import Classifier, load_classifier, train_classifier
 from positions import RopeScaling, sincos_position_embedding
-from runtime.errors import run_script, user_input
+from runtime.errors import run_script
 from runtime.files import complete_file
 from runtime.logs import save_grid
 from transport import Guidance
@@ -312,20 +312,16 @@ def plot(results: Results, inside: Sequence[str], beyond: Sequence[str], path: P
 def build_parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(prog="benchmarks.sizes", description="Images of many sizes, by positions, in pixels.")
+    add_training_args(parser)
     add = parser.add_argument
     runs = ["ppf2", "ppfit2-shapes", "ppfit2"]
-    add("data_path", help="zip archive of labelled images, as EDM's CIFAR-10")
-    add("--image-size", type=cli.positive_int, default=16, help="side of the square of training, a multiple of 16")
     add("--runs", nargs="+", choices=runs, default=runs, metavar="RUN", help="of: " + ", ".join(runs))
     add("--seeds", type=cli.natural_int, nargs="+", default=[0], help="seeds of each run, of training and samples")
     add("--steps", type=cli.positive_int, default=1500, help="optimizer steps")
-    add("--batch-size", type=cli.positive_int, default=64, help="images per step")
-    add("--lr", type=cli.positive_float, default=1e-3, help="AdamW's learning rate")
     add("--guidance", type=cli.positive_float, default=2.5, metavar="SCALE", help="guidance scale")
     add("--num-samples", type=cli.positive_int, default=500, help="samples of each set")
     add("--sampling-steps", type=cli.positive_int, default=20, help="ab2 steps of a sample")
     add("--classifier-epochs", type=cli.positive_int, default=3, help="epochs of the classifier's training")
-    add("--threads", type=cli.positive_int, help="of the processor (default: torch's)")
     add("--out", type=Path, default=Path("results/sizes"), help="folder for runs, measurements, tables and pictures")
     return parser
 
@@ -338,12 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"--image-size must be a multiple of 16, got {args.image_size}: three quarters of it are a side too"
         )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder = args.out / named((args.image_size, args.image_size))
-    folder.mkdir(parents=True, exist_ok=True)
-    with user_input():
-        data = Data(args.data_path, args.image_size, folder)
+    data, folder = open_study(args)
     judges = Judges(data, folder, args.classifier_epochs)
     inside, beyond = ([named(data.size_of(shape)) for shape in shapes] for shapes in (INSIDE, BEYOND))
     real = {}

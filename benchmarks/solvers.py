@@ -17,12 +17,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.recipes import open_network
 from benchmarks.timing import ZeroField, add_device_arg, machine, open_device, table
-from pipeline import EvaluationCounter, Pipeline
+from pipeline import EvaluationCounter
 from runtime.errors import run_script, user_input
 from runtime.files import complete_file
 from runtime.rng import sample_generators
@@ -67,7 +69,8 @@ def build_parser() -> ArgumentParser:
 
 def add_network_args(parser: ArgumentParser) -> None:
     """Add the flags of a trained network."""
-    parser.add_argument("--ckpt", type=some_text, help="a trained network too: a run's folder or a checkpoint")
+    text = "a trained network too: a run's folder, a checkpoint, or a network of benchmarks/quality.py"
+    parser.add_argument("--ckpt", type=some_text, help=text)
     text = "guidance of the network: one scale, or one per level (default: 1.5, with --ckpt)"
     parser.add_argument("--cfg-scales", "--cfg-scale", type=finite_float, nargs="+", metavar="W", help=text)
 
@@ -153,7 +156,7 @@ def mixture_case(path: str, num_levels: int, device: torch.device) -> Case:
 
 def network_case(ckpt: str, scales: Sequence[float], device: torch.device) -> Case:
     """The network of a checkpoint in single precision, in which its reference is solved too."""
-    pipe = Pipeline.load(ckpt).to(device)
+    pipe = open_network(Path(ckpt)).to(device)
     model, transport = pipe.model, pipe.transport
     field = Guidance(tuple(scales)).of(model)
     field.num_classes = model.num_classes  # as a network has them, for the counter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import grids, guidance, solvers
-from benchmarks.recipes import RECIPES, VelocityNetwork, transport_of
+from benchmarks.recipes import RECIPES, VelocityNetwork, open_network, transport_of
 from pipeline import Pipeline
 from transport import ODE, Guidance
 
@@ -34,13 +34,14 @@ def test_the_weak_level_guides_by_the_samples_label_at_level_0(tiny_run: Path) -
 
 
 def test_a_network_of_the_study_of_quality_is_read(tmp_path: Path) -> None:
-    for name in ("ppf2", "ppf2-coarse-data"):
-        network = VelocityNetwork(RECIPES[name], 8, 10, transport_of(RECIPES[name])).eval()
+    for name in ("ppf2", "ppf2-coarse-data", "ppf2-elastic"):
+        recipe = RECIPES[f"{name}-equal-cost"]
+        network = VelocityNetwork(recipe, 8, 10, transport_of(recipe)).eval()
         torch.nn.init.normal_(network.inner.final_layer.linear[0].weight)
         file = tmp_path / "8x8" / f"{name}-3" / "000004.pt"
         file.parent.mkdir(parents=True)
         torch.save(network.state_dict(), file)
-        pipe = guidance.open_network(file)
+        pipe = open_network(file)
         x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.4]), torch.tensor([1, 2])
         assert torch.equal(pipe.model(x, t, y, level=0), network(x, t, y, level=0))
         images, labels, _ = guidance.draw(pipe, "cfg", ODE(num_steps=2), Guidance(2.0), 4)
@@ -75,6 +76,7 @@ def test_a_network_of_one_level_has_cfg_alone(tiny_run: Path, tmp_path: Path, mo
     assert "has one level, where all guidance is cfg: give --kinds cfg" in words
 
 
+@pytest.mark.slow
 def test_grids_are_compared_with_equal_steps(tiny_run: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(grids, "PATHS", ["VP"])
     monkeypatch.setattr(grids, "METHODS", ("euler",))

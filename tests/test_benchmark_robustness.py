@@ -51,6 +51,7 @@ def test_weights_are_rounded_between_the_extremes_of_their_tensor(pipe):
     assert all(torch.equal(value, weights[name]) for name, value in pipe.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_study_makes_its_tables_and_continues(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     judge = Classifier("digits", ClassifierNetwork(10), (8, 8), 0.1)

@@ -58,6 +58,7 @@ def test_evaluations_are_those_of_the_guided_solver():
     assert seen == [(1, 4)]
 
 
+@pytest.mark.slow
 def test_the_tables_of_speed(capsys, a_second_for_each_evaluation):
     sampling.main(["--model", "ppf-t-2", "PPF-T-3", *SAMPLING, "--sections", "speed"])
     printed = capsys.readouterr().out

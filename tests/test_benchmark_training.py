@@ -185,6 +185,7 @@ def one_second(monkeypatch):
 TRAINING = ["--batch-size", "4", "--repeats", "1", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_step(capsys, one_second):
     training.main(["--model", "PPF-T-2", "ppf-t-3", *TRAINING, "--sections", "ratio", "levels", "passes"])
     printed = capsys.readouterr().out
@@ -214,6 +215,7 @@ def test_the_tables_of_a_step(capsys, one_second):
     assert separate <= joint < packed
 
 
+@pytest.mark.slow
 def test_the_table_of_many_sizes(capsys, one_second):
     flags = ["--batch-size", "6", "--repeats", "1", "--device", "cpu", "--sections", "sizes"]
     training.main(["--model", "PPFiT-T-2", *flags])

@@ -426,22 +426,31 @@ def test_many_samples_at_a_budget(elastic_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_is_met_with_measured_steps(elastic_run: Path, tmp_path: Path) -> None:
-    """The grid moves steps between the levels, so the edges are chosen once more with it."""
+def test_a_budget_is_met_with_measured_steps(elastic_run: Path, tmp_path: Path, capsys) -> None:
+    """A grid moves steps between the levels: the edges are chosen with it. It is measured once for all budgets."""
     run = shutil.copytree(elastic_run, tmp_path / "run")
     flags = ["--num-fid-samples", "4", "--num-sampling-steps", "12", "--sample-dir", str(tmp_path / "samples")]
+    flags += ["--cfg-scales", "1"]
     gmacs = {}
     for budget in ("0.6", "1"):
         sample_ddp.main(["ODE", "--ckpt", str(run), *flags, "--no-png", "--step-grid", "auto", "--budget", budget])
         (folder,) = (tmp_path / "samples").glob(f"*-ab2-12-auto-budget-{budget}-*/")
         gmacs[budget] = json.loads((folder / "settings.json").read_text())["gmacs_per_image"]
     assert gmacs["0.6"] == pytest.approx(0.6 * gmacs["1"], abs=gmacs["1"] / 12)
+    capsys.readouterr()
+    flags = ["--num-sampling-steps", "12", "--cfg-scales", "1", "--class-labels", "3", "--out", str(tmp_path / "a.png")]
+    sample.main(["ODE", "--ckpt", str(run), *flags, "--step-grid", "auto", "--budget", "1", "0.6"])
+    printed = capsys.readouterr().out
+    found = [
+        float(line.split()[-2]) for line in printed.splitlines() if line.startswith("budget") and "edges" not in line
+    ]
+    assert found == pytest.approx([gmacs["1"], gmacs["0.6"]], abs=6e-4)
+    assert len(list(run.rglob("*-grid-*.json"))) == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--budget", "0.4", "--step-grid", "auto"], "is measured for given --level-edges, not for --budget"),
         (["--budget", "0.4"], "was trained at its level edges alone"),
         (["--budget", "0.4", "--level-edges", "0.4"], "--budget chooses the level edges"),
         (["--budget", "0.4", "--likelihood", "--data-path", "digits"], "--budget has no effect with --likelihood"),

@@ -200,6 +200,7 @@ def large_weights(tmp_path: Path) -> Path:
     return tmp_path / "large"
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_goes_on(large_weights: Path, tmp_path: Path, capsys) -> None:
     before = torch.get_num_threads()
     try:

@@ -85,6 +85,7 @@ def test_coarse_levels_are_walked_once_for_all_fine_settings(tiny_run: Path, tmp
     assert walks[0] == 12 * len({setting.scales[0] for setting in settings}) == 12 * 2
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_draws_nothing_again(tiny_run: Path, tmp_path: Path, walks: Counter, capsys) -> None:
     sweep(tiny_run, tmp_path)
     assert [record["num"] for record in records(tmp_path)][-2:] == [12, 20]
@@ -102,6 +103,7 @@ def test_a_finished_sweep_draws_nothing_again(tiny_run: Path, tmp_path: Path, wa
     assert walks
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tiny_run: Path, tmp_path: Path, walks: Counter, monkeypatch) -> None:
     sweep(tiny_run, tmp_path / "whole")
     whole, latents = dict(walks), Pipeline.latents

@@ -154,9 +154,8 @@ def test_finished_run_is_left_alone(tiny_run: Path) -> None:
 # -- Processes, accumulation and random numbers ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "batch_size", [32, pytest.param(2, marks=pytest.mark.slow)]
-)  # with 2, a process has no sample of one of the levels
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [32, 2])  # with 2, a process has no sample of one of the levels
 def test_two_processes_follow_the_loss_curve_of_one(batch_size: int, tmp_path: Path) -> None:
     flags = [*TINY, "--global-batch-size", batch_size, "--max-steps", 10, "--log-every", 1]
     train([*map(str, flags), "--run-dir", str(tmp_path / "one")])

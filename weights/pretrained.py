@@ -24,8 +24,9 @@ from experts import ExpertPatchDiT, Network, network_of
 from models import PyramidalPatchDiT
 from positions import RopeScaling
 from runtime.checkpoints import newest_checkpoint
+from runtime.errors import note
 from runtime.files import complete_file
-from transport import LevelErrors, PatchSchedule, create_transport
+from transport import LevelErrors, PatchSchedule, Transport, create_transport
 from transport.predictions import predictions_of
 from weights.files import PIPELINE_WEIGHTS, choose_weights, read_file
 from weights.fit import authors_scaling
@@ -219,6 +220,63 @@ def initialize_from(model: Network, name_or_path: str | Path, interval: tuple[fl
         origin = origins[sum(edge <= (low + high) / 2 for edge in edges_of(source))]
         lines |= dict.fromkeys(initialize_levels(network, origin))
     return list(lines)
+
+
+def process_of(
+    file: TrainedWeights,
+    source: str,
+    level_edges: Sequence[float] | None = None,
+    process: Mapping[str, Any] | None = None,
+) -> tuple[Transport, dict[str, Any]]:
+    """The process of trained weights, as far as nothing else is asked for.
+
+    Args:
+        source:      what the weights were loaded from, for messages
+        level_edges: other times at which the patch size changes
+        process:     arguments of create_transport, for files that say nothing of theirs; sample_eps for any
+
+    Returns:
+        the process; its settings that are not those of training
+
+    Raises:
+        ValueError: if something else than what the file states is asked for, or does not fit the network.
+    """
+    own = create_transport(**file.transport, check_ends=False)
+    given = {name: value for name, value in (process or {}).items() if value is not None}
+    if not isinstance(given.get("prediction", ""), str):
+        given["prediction"] = " ".join(given["prediction"])  # as a transport tells its own
+    trained_with = {
+        "path_type": own.path.name,
+        "prediction": own.prediction,
+        "loss_weight": own.loss_weight,
+        "train_eps": own.train_eps,
+        "aug_dim": own.aug_dim,
+    }
+    check_claims({name: given.get(name) for name in file.stated}, trained_with, source)
+    config = {**file.transport, "train_eps": None}  # of no matter here; an earlier version allowed any
+    if own.sampling_singularity() and "sample_eps" not in given:
+        config["sample_eps"], before = None, own.sample_eps
+        own = create_transport(**config)
+        note(f"{source} has sample_eps {before:g}, from which no solver can start: {own.sample_eps:g} is used")
+    if level_edges is not None:
+        given["level_edges"] = level_edges
+    used = ("path_type", "prediction", "sample_eps", "level_edges", "aug_dim")
+    transport = create_transport(**config | {name: given[name] for name in used if name in given})
+    transport.check_levels(file.model)
+    if pieces := own.schedule.not_trained(transport.schedule):
+        parts = ", ".join(f"level {level} for t in [{low:g}, {high:g}]" for level, low, high in pieces)
+        note(f"{source} was not trained with {parts}: only train.py --elastic trains levels for other edges")
+    before, after = (
+        {
+            "path_type": each.path.name,
+            "prediction": each.prediction,
+            "sample_eps": each.sample_eps,
+            "aug_dim": each.aug_dim,
+        }
+        for each in (own, transport)
+    )
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    return transport, changed
 
 
 def check_claims(claimed: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
