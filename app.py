@@ -8,6 +8,7 @@ Everything stays on this machine: the server listens on 127.0.0.1, and the page 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +19,16 @@ import torch
 import train_utils as cli
 from page.drawing import Studio
 from page.server import PageServer
-from page.settings import MAX_IMAGES, Settings
+from page.settings import Settings
 from pipeline import Pipeline
 from runtime.errors import UserError, note, run_script, user_input
 from runtime.logs import shown_classes
 from runtime.speed import default_precision, precision_note
-from transport import ADAPTIVE_METHODS, ODE_METHODS, SDE_METHODS
+from transport import ODE_METHODS, SDE_METHODS
 
 DEMO = "results/demo"
 PORT = 7860
-SHOWN_CLASSES = 4
+SHOWN_CLASSES, BUDGETS = 4, 5  # that the page opens with
 NETWORK = (  # flags that sample.py has as well; --image-size is among the settings
     *("ckpt", "model", "num_classes", "vae", "weights", "precision", "compile", "offload_experts"),
     *cli.PROCESS_FLAGS,
@@ -54,7 +55,7 @@ def network_flags(args: argparse.Namespace) -> list[str]:
     for name in NETWORK:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            values = [] if value is True else value if isinstance(value, list) else [value]
+            values = {"prediction": str(value).split(" "), "ckpt": value}.get(name, [] if value is True else [value])
             words += ["--" + name.replace("_", "-"), *map(str, values)]
     return words
 
@@ -63,22 +64,18 @@ def python_arguments(args: argparse.Namespace, pipe: Pipeline) -> tuple[str, str
     """Arguments of Pipeline.load that name the network, and the call of `to` that prepares it."""
     source = args.ckpt if args.ckpt and len(args.ckpt) > 1 else pipe.source
     process = {name: getattr(args, name) for name in cli.PROCESS_FLAGS if getattr(args, name) is not None}
-    load = {"weights": None if args.weights == "ema" else args.weights, "vae": args.vae, "process": process}
-    words = [repr(source), *(f"{name}={value!r}" for name, value in load.items() if value)]
-    words = [word.replace("'", '"') for word in words]
-    default = default_precision(pipe.device, training=False)
-    to = {
-        "precision": pipe.precision if pipe.precision != default else None,
-        "compile": args.compile,
-        "offload_experts": args.offload_experts,
-    }
-    where = [f'"{pipe.device.type}"', *(f"{name}={value!r}".replace("'", '"') for name, value in to.items() if value)]
+    load = {"weights": args.weights if args.weights != "ema" else None, "vae": args.vae, "process": process}
+    words = [json.dumps(source), *(f"{name}={json.dumps(value)}" for name, value in load.items() if value)]
+    where = [json.dumps(pipe.device.type)]
+    if pipe.precision != default_precision(pipe.device, training=False):
+        where.append(f"precision={json.dumps(pipe.precision)}")
+    where += [f"{name}=True" for name in ("compile", "offload_experts") if getattr(args, name)]
     return ", ".join(words), "" if where == ['"cpu"'] else f".to({', '.join(where)})"
 
 
-def about(pipe: Pipeline) -> dict[str, Any]:
+def about(studio: Studio) -> dict[str, Any]:
     """The network, and what can be chosen, for the page."""
-    model, schedule = pipe.model, pipe.transport.schedule
+    pipe, model = studio.pipe, studio.pipe.model
     patches = [patch for network in model.networks.values() for patch in network.patch_sizes]
     return {
         "name": pipe.name,
@@ -89,31 +86,28 @@ def about(pipe: Pipeline) -> dict[str, Any]:
         "input_size": model.input_size,
         "factor": pipe.autoencoder.factor,
         "any_size": model.position == "rope",
-        "elastic": bool(schedule.elastic) and pipe.level_errors is not None,
-        "experts": len(model.networks),
-        "edges": schedule.level_edges,
+        "elastic": bool(pipe.transport.schedule.elastic),
+        "edges": pipe.transport.schedule.level_edges,
         "fixed": sorted(level - 1 for level in getattr(model, "fixed_edges", {})),  # edges between experts
         "levels": [
-            {"patch": patch, "tokens": model.num_tokens(level), "gmacs": model.macs(level) / 1e9}
+            {"patch": patch, "tokens": model.num_tokens(level), "gmacs": studio.macs(level, model.input_size) / 1e9}
             for level, patch in enumerate(patches)
         ],
         "methods": {"ODE": ODE_METHODS, "SDE": SDE_METHODS},
-        "adaptive": ADAPTIVE_METHODS,
-        "max_images": MAX_IMAGES,
     }
 
 
-def first_settings(pipe: Pipeline) -> Settings:
-    """What the page opens with."""
-    levels = [pipe.model.macs(level) for level in range(pipe.model.num_levels)]
-    least = min(0.99, levels[0] / levels[-1])
-    budgets = tuple(math.ceil(100 * (1 - (1 - least) * part / 4)) / 100 for part in range(5))
+def first_settings(studio: Studio) -> Settings:
+    """What the page opens with; the budgets are in equal distances from 1 to about the least."""
+    pipe, model = studio.pipe, studio.pipe.model
+    coarsest, finest = (studio.macs(level, model.input_size) for level in (0, model.num_levels - 1))
+    shares = [1 - (1 - coarsest / finest) * part / (BUDGETS - 1) for part in range(BUDGETS)]
     return Settings(
-        classes=tuple(shown_classes(pipe.model.num_classes)[:SHOWN_CLASSES]),
-        size=pipe.image_size if pipe.model.position == "rope" else None,
-        scales=(SCALES[pipe.autoencoder.name == "none"],) * pipe.model.num_levels,
+        classes=tuple(shown_classes(model.num_classes)[:SHOWN_CLASSES]),
+        size=pipe.image_size if model.position == "rope" else None,
+        scales=(SCALES[pipe.autoencoder.name == "none"],) * model.num_levels,
         edges=pipe.transport.schedule.level_edges or None,
-        budgets=budgets,
+        budgets=tuple(math.ceil(100 * share) / 100 for share in shares),
     )
 
 
@@ -133,7 +127,7 @@ def serve(argv: Sequence[str] | None = None) -> PageServer:
         pipe.to(device, precision, args.compile, args.offload_experts)
         studio = Studio(pipe)
         studio.warm_up()
-        settings, facts = first_settings(pipe), about(pipe)
+        settings, facts = first_settings(studio), about(studio)
     names = network_flags(args), python_arguments(args, pipe)
     try:
         return PageServer(studio, settings, facts, *names, args.port)

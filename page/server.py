@@ -68,7 +68,13 @@ class PageServer(ThreadingHTTPServer):
         self.network = network
         self.load = load
         self.drawings = 0  # that are under way
+        self.closing = False
         super().__init__(("127.0.0.1", port), Handler)
+
+    def server_close(self) -> None:
+        """Close the server, and cancel the drawings."""
+        self.closing = True
+        super().server_close()
 
     @property
     def url(self) -> str:
@@ -131,6 +137,8 @@ class Handler(BaseHTTPRequestHandler):
         except torch.OutOfMemoryError:
             self.tell_error("the device's memory is too small for these pictures: draw fewer, or smaller ones")
         except Exception as error:
+            if self.server.closing:  # the queue takes nothing more
+                return
             traceback.print_exc()
             self.tell_error(f"the drawing failed with {type(error).__name__}: the terminal of app.py says more")
         finally:
@@ -144,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         """Write an event as a line (CancelledError if the other side has closed the connection)."""
         readable, _, _ = select.select([self.connection], [], [], 0)
         try:
-            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            if self.server.closing or (readable and not self.connection.recv(1, socket.MSG_PEEK)):
                 raise CancelledError
             self.wfile.write(json.dumps(event).encode() + b"\n")
         except OSError as error:

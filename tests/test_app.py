@@ -355,6 +355,18 @@ def test_closing_the_connection_cancels_the_drawing(server: PageServer, monkeypa
     assert finished(draw(server, "classes=1&steps=4")).shape == (1, 1, 8, 8)
 
 
+@pytest.mark.slow
+def test_closing_the_server_cancels_drawings(run: Path) -> None:
+    with app.serve(["--ckpt", str(run), "--port", "0"]) as server, ThreadPoolExecutor(2) as threads:
+        threads.submit(server.serve_forever)
+        drawing = threads.submit(get, server, "/draw?steps=1000")
+        assert eventually(lambda: server.drawings == 1)
+        server.shutdown()
+        server.server_close()
+        assert eventually(lambda: server.drawings == 0)
+        assert len(drawing.result()[2].splitlines()) < 1000
+
+
 # -- Other networks, and the command --------------------------------------------------------------------------------
 
 
