@@ -1,6 +1,7 @@
-"""The page's server: a few files, and two questions about settings that are answered by a Studio.
+"""The page's server: a few files, and questions that are answered by a Studio.
 
     GET /               the page; a query in its URL is a setting, which the page asks about
+    GET /about          the network, as JSON
     GET /plan?QUERY     what a drawing would cost, its link, command line and program, as JSON
     GET /draw?QUERY     the drawing: a line of JSON for each event, while the connection is open
 
@@ -67,7 +68,7 @@ class PageServer(ThreadingHTTPServer):
         self.about = about
         self.network = network
         self.load = load
-        self.drawings = 0  # that are under way
+        self.drawings: set[Handler] = set()  # that are under way
         self.closing = False
         super().__init__(("127.0.0.1", port), Handler)
 
@@ -126,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def draw(self, query: str) -> None:
         """Stream the events of a drawing; an error is the last one."""
         self.send(200, "application/x-ndjson")
-        self.server.drawings += 1
+        self.server.drawings.add(self)
         try:
             self.server.studio.draw(Settings.from_query(query, self.server.default), self.tell)
             self.tell({"kind": "end"})
@@ -142,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             self.tell_error(f"the drawing failed with {type(error).__name__}: the terminal of app.py says more")
         finally:
-            self.server.drawings -= 1
+            self.server.drawings.discard(self)
 
     def tell_error(self, message: str) -> None:
         with contextlib.suppress(CancelledError):

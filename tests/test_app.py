@@ -347,10 +347,10 @@ def test_closing_the_connection_cancels_the_drawing(server: PageServer, monkeypa
     answer = connection.getresponse()
     for _ in range(3):
         assert answer.readline()
-    assert server.drawings == 1
+    assert len(server.drawings) == 1
     connection.close()
     answer.close()
-    assert eventually(lambda: server.drawings == 0)
+    assert eventually(lambda: not server.drawings)
     assert len(made) < 500
     assert finished(draw(server, "classes=1&steps=4")).shape == (1, 1, 8, 8)
 
@@ -360,10 +360,10 @@ def test_closing_the_server_cancels_drawings(run: Path) -> None:
     with app.serve(["--ckpt", str(run), "--port", "0"]) as server, ThreadPoolExecutor(2) as threads:
         threads.submit(server.serve_forever)
         drawing = threads.submit(get, server, "/draw?steps=1000")
-        assert eventually(lambda: server.drawings == 1)
+        assert eventually(lambda: len(server.drawings) == 1)
         server.shutdown()
         server.server_close()
-        assert eventually(lambda: server.drawings == 0)
+        assert eventually(lambda: not server.drawings)
         assert len(drawing.result()[2].splitlines()) < 1000
 
 
