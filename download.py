@@ -102,7 +102,8 @@ def export_command(argv: Sequence[str]) -> None:
         pipe.transport.check_served()
         labels = args.labels or ("imagenet" if is_published(source) else None)
         names = None if labels is None else class_names(labels, pipe.model.num_classes)
-        export(pipeline_of(pipe.model, pipe.transport, pipe.autoencoder, names), args.folder, pipe.name, pipe.step)
+        pipeline = pipeline_of(pipe.model, pipe.transport, pipe.autoencoder, names, pipe.level_errors)
+        export(pipeline, args.folder, pipe.name, pipe.step)
     print(f"{pipe.name}, step {pipe.step}, as a pipeline of diffusers: {args.folder}")
 
 

@@ -7,7 +7,6 @@ images = pipe.images([207, 360], ODE(num_steps=50), Guidance(4.0), seed=1)
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,7 @@ from runtime.errors import note
 from runtime.memory import check_evaluation
 from runtime.rng import Stream, sample_generators
 from runtime.speed import compile_levels, default_precision, use_precision
-from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, edges_for
+from transport import ODE, SDE, Guidance, LevelErrors, Sampler, Transport, at_budget
 from transport.grids import Grid
 from transport.solvers import check_ode_method
 from transport.wrappers import EvaluationCounter, FinestLevel, Wrapper, Zero
@@ -443,23 +442,16 @@ class Pipeline:
         Raises:
             ValueError: if it was not, the share cannot be had, or the solver has not one number of steps for all.
         """
-        schedule = self.transport.schedule
-        if not schedule.elastic:
+        if not self.transport.schedule.elastic:
             raise ValueError(
                 f"{self.source} was trained at its level edges alone: leave --budget out, or train --elastic"
             )
         if self.level_errors is None:
             raise ValueError(f"{self.source} does not tell its levels' errors: give --level-edges instead of --budget")
-        if solver.adaptive or not isinstance(solver.num_steps, int):
-            raise ValueError("a budget counts steps: give a method of fixed steps, and one number for all levels")
-        starts = [schedule.edges[levels.start] for levels in schedule.experts]
-        macs = [self.model.macs(level) for level in range(schedule.num_levels)]
-        latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
-
-        def cost(edges: tuple[float, ...]) -> float:
-            return sum(map(operator.mul, self.with_edges(edges).check(solver, guidance).rows, macs))
-
-        return self.with_edges(edges_for(budget, self.level_errors, schedule.experts, [*starts, 1], cost, latest))
+        other = self._with_model(self.model)
+        other.transport = at_budget(budget, self.level_errors, self.transport, self.model, solver, guidance)
+        other.check(solver, guidance)
+        return other
 
     def with_edges(self, level_edges: Sequence[float]) -> Pipeline:
         """The same network with other level edges, as `load` takes them.

@@ -55,6 +55,7 @@ class Setting:
         num_steps:  of the solver
         budget:     share of the finest level's arithmetic; None for the edges of training
         null_level: of guidance; None for the sample's level
+        until:      time at which guidance ends
         measured:   the steps are those of --step-grid auto
     """
 
@@ -64,6 +65,7 @@ class Setting:
     num_steps: int
     budget: float | None = None
     null_level: int | None = None
+    until: float | None = None
     measured: bool = False
 
     def __str__(self) -> str:
@@ -72,10 +74,12 @@ class Setting:
             words.append(f"budget {self.budget:g}")
         if self.null_level is not None:
             words.append(f"null level {self.null_level}")
+        if self.until is not None:
+            words.append(f"guided until {self.until:g}")
         return ", ".join(words)
 
 
-BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.3)
+BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.3)  # the last is less than the coarsest level takes with null level 0
 ELASTIC = partial(Setting, network="ppf2-elastic-equal-cost", method="ab2")
 REFERENCE = Setting("SiT, heun2", "sit", "heun2", 50)
 SETTINGS = (
@@ -83,10 +87,15 @@ SETTINGS = (
     *(Setting("SiT, ab2", "sit", "ab2", steps) for steps in (50, 25, 12, 8)),
     *(Setting("pyramid, ab2", "ppf2-equal-cost", "ab2", steps) for steps in (50, 25, 12, 8)),
     *(ELASTIC("elastic", num_steps=25, budget=budget) for budget in BUDGETS),
-    *(ELASTIC("elastic, null level", num_steps=25, budget=budget, null_level=0) for budget in BUDGETS),
+    *(ELASTIC("elastic, null level", num_steps=25, budget=budget, null_level=0) for budget in BUDGETS[:4]),
+    *(ELASTIC("elastic, guided until 0.5", num_steps=25, budget=budget, until=0.5) for budget in (1.0, 0.6)),
+    *(
+        ELASTIC("elastic, null level until 0.5", num_steps=25, budget=budget, null_level=0, until=0.5)
+        for budget in BUDGETS[:4]
+    ),
     *(ELASTIC("elastic, measured steps", num_steps=steps, budget=0.6, measured=True) for steps in (25, 12, 8)),
     *(
-        ELASTIC("everything", num_steps=steps, budget=budget, null_level=0, measured=True)
+        ELASTIC("everything", num_steps=steps, budget=budget, null_level=0, until=0.5, measured=True)
         for budget in (0.8, 0.6, 0.4)
         for steps in (12, 8)
     ),
@@ -147,7 +156,8 @@ class Study:
     def prepare(self, setting: Setting) -> tuple[Pipeline, ODE, Guidance]:
         """The network at the setting's budget, its solver and its guidance; a grid is measured once for all budgets."""
         pipe, solver = self.pipeline(setting.network), ODE(setting.method, setting.num_steps)
-        guidance = Guidance(self.args.guidance, null_level=setting.null_level)
+        interval = None if setting.until is None else (0.0, setting.until)
+        guidance = Guidance(self.args.guidance, interval=interval, null_level=setting.null_level)
         if setting.measured:
             key = f"{self.key(setting.network)} grid {setting.method} {guidance}"
             solver = replace(solver, grid=once(self.file, key, lambda: pipe.step_grid(solver, guidance)))
@@ -252,7 +262,7 @@ def plot(results: Results, path: Path) -> None:
             if setting.series == series:
                 points.append((np.mean([score["gmacs"] for score in scores]), *distance_of(results, setting)))
         gmacs, distances, errors = zip(*sorted(points), strict=True)
-        style = {"marker": "osv^D*P"[number], "color": f"C{number}", "capsize": 2, "linewidth": 1}
+        style = {"marker": "osv^D*PXh"[number], "color": f"C{number}", "capsize": 2, "linewidth": 1}
         axes.errorbar(gmacs, distances, errors, label=series, **style)
     if REFERENCE in results:
         distance, error = distance_of(results, REFERENCE)

@@ -25,7 +25,7 @@ from data.autoencoder import PixelSpace, Scaling, load_autoencoder
 from experts import ExpertPatchDiT
 from models import create_model
 from pipeline import Pipeline
-from transport import ODE, Guidance, create_transport
+from transport import ODE, Guidance, LevelErrors, create_transport
 from weights.diffusers import PPFlowPipeline
 from weights.diffusers.export import class_names, export, model_card, pipeline_of
 
@@ -35,7 +35,7 @@ LABELS = [3, 0, 4]
 SCALES = (1.0, 1.5, 2.0)
 CODE = ("pipeline.py", "scheduler/pyramid_scheduler.py", "transformer/pyramid_transformer.py")
 NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "cock", 4: "hen"}
-LIBRARIES = {"torch", "numpy", "diffusers", "huggingface_hub", "scipy", "torchdiffeq"}
+LIBRARIES = {"torch", "numpy", "diffusers", "huggingface_hub", "tqdm", "scipy", "torchdiffeq"}
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -48,7 +48,7 @@ def random_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 def door(pipe: Pipeline, **options) -> PPFlowPipeline:
     """A Pipeline as diffusers has it, without a progress bar."""
-    pipeline = pipeline_of(pipe.model, pipe.transport, pipe.autoencoder, **options)
+    pipeline = pipeline_of(pipe.model, pipe.transport, pipe.autoencoder, level_errors=pipe.level_errors, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -84,12 +84,37 @@ def experts() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
+def elastic(pixels: Pipeline) -> Pipeline:
+    """The three levels, as if they had been trained with elastic ones: coarse errors grow over time."""
+    tenths = torch.arange(10.0) / 10
+    sums = torch.stack([1 + 0.5 * tenths**2, 1 + 0.2 * tenths**3, torch.ones(10)])
+    errors = LevelErrors(sums.tolist(), torch.ones(3, 10).tolist())
+    transport = create_transport(level_edges=(0.5, 0.75), elastic=0.5)
+    return Pipeline(pixels.model, transport, PixelSpace(), name="elastic", level_errors=errors)
+
+
+@pytest.fixture(scope="module")
+def elastic_experts(experts: Pipeline, elastic: Pipeline) -> Pipeline:
+    """Two experts, of whose second the levels are elastic."""
+    transport = create_transport(level_edges=(0.3, 0.7), elastic=0.5, expert_levels=(1, 2))
+    return Pipeline(experts.model, transport, PixelSpace(), name="experts", level_errors=elastic.level_errors)
+
+
+@pytest.fixture(scope="module")
 def folders(pixels: Pipeline, latents: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both, exported."""
     place = tmp_path_factory.mktemp("folders")
     for pipe in (pixels, latents):
         export(door(pipe, id2label=NAMES), place / pipe.name, pipe.name, 20)
     return {"pixels": place / pixels.name, "latents": place / latents.name}
+
+
+@pytest.fixture(scope="module")
+def elastic_folder(elastic: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network with elastic levels, exported."""
+    folder = tmp_path_factory.mktemp("folders") / "elastic"
+    export(door(elastic), folder, elastic.name)
+    return folder
 
 
 @pytest.fixture
@@ -164,6 +189,22 @@ def test_half_precision_is_that_of_a_pipeline(pixels: Pipeline, folders: dict[st
     assert torch.equal(found, expected)
     all_half = door(pipe).to(torch.bfloat16)(LABELS, 2.0, 5, generator=generators(), output_type="latent").images
     assert (all_half - expected).abs().mean() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "scales"),
+    [("elastic", 0.4, 2.0), ("elastic", 0.6, SCALES), ("elastic", 1, 1.0), ("elastic_experts", 0.7, SCALES)],
+)
+def test_budgets_are_those_of_a_pipeline(name: str, budget: float, scales, request: pytest.FixtureRequest) -> None:
+    pipe = request.getfixturevalue(name)
+    solver, guidance = ODE("heun2", num_steps=9), Guidance(scales, interval=(0.1, 0.8))
+    expected = pipe.images(LABELS, solver, guidance, generators(), budget=budget)
+    pipeline = door(pipe)
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, method="heun2")
+    call = {"guidance_interval": (0.1, 0.8), "generator": generators(), "budget": budget}
+    found = pipeline(LABELS, scales, 9, **call, output_type="pt").images
+    assert torch.equal(found, (expected / 2 + 0.5).clamp(0, 1))
+    assert not torch.equal(found, pipeline(LABELS, scales, 9, **call | {"budget": None}, output_type="pt").images)
 
 
 # -- As diffusers' own pipelines do it -------------------------------------------------------------------------------
@@ -273,6 +314,9 @@ def test_classes_have_names(pixels: Pipeline) -> None:
         ({"num_inference_steps": 2.5}, "whole numbers"),
         ({"level_edges": (0.5,)}, "the model has 3 level"),
         ({"level_edges": (0.8, 0.5)}, "must ascend"),
+        ({"budget": 0.5}, "errors, by which a budget is met, are not in this pipeline: give level_edges instead"),
+        ({"budget": 0.5, "level_edges": (0.3, 0.5)}, "give budget or level_edges, not both"),
+        ({"budget": "0.5"}, "a budget is a number, got '0.5'"),
         ({"height": 8}, "both height and width"),
         ({"height": 16, "width": 16}, "knows 8x8 alone, not 16x16"),
         ({"generator": generators()}, "3 generators for a batch of 1"),
@@ -287,6 +331,23 @@ def test_what_cannot_work_is_refused_before_the_work(pixels: Pipeline, call: dic
     pipeline.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
     with pytest.raises(ValueError, match=words):
         pipeline(**{"class_labels": 0, **call})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"budget": 0.01}, "a budget is a share of the finest level's arithmetic, here from"),
+        ({"budget": 1.5}, r"to 1, got 1\.5"),
+        ({"budget": float("nan")}, "to 1, got nan"),
+        ({"budget": 0.5, "num_inference_steps": (3, 3, 3)}, "one number for all levels"),
+        ({"budget": 0.5, "level_edges": (0.3, 0.5)}, "give budget or level_edges, not both"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused_before_the_work(elastic: Pipeline, call: dict, words: str) -> None:
+    pipeline = door(elastic)
+    pipeline.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match=words):
+        pipeline(0, **{"num_inference_steps": 9, **call})
 
 
 def test_latents_need_an_autoencoder_to_be_pictures(latents: Pipeline) -> None:
@@ -392,17 +453,47 @@ def test_a_folder_is_a_source_of_weights(pixels: Pipeline, latents: Pipeline, fo
         assert torch.equal(again.images(LABELS, solver, seed=1), pipe.images(LABELS, solver, seed=1))
 
 
+def test_a_folder_keeps_its_budgets(elastic: Pipeline, elastic_folder: Path, modules_cache: Path) -> None:
+    expected = elastic.images(LABELS, ODE(num_steps=9), Guidance(2.0), generators(), budget=0.5)
+    pipeline = DiffusionPipeline.from_pretrained(elastic_folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(LABELS, 2.0, 9, budget=0.5, generator=generators(), output_type="pt").images
+    assert torch.equal(found, (expected / 2 + 0.5).clamp(0, 1))
+    again = Pipeline.load(elastic_folder)
+    assert (again.level_errors, again.transport.schedule) == (elastic.level_errors, elastic.transport.schedule)
+    assert torch.equal(again.images(LABELS, ODE(num_steps=9), Guidance(2.0), generators(), budget=0.5), expected)
+
+
+def test_a_folder_from_before_there_were_budgets_is_loaded(
+    elastic: Pipeline, elastic_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(elastic_folder, tmp_path / "a")
+    file = folder / "scheduler" / "scheduler_config.json"
+    newer = ("elastic", "expert_levels", "level_errors")
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key not in newer}))
+    expected = elastic.latents(LABELS, ODE(num_steps=6), Guidance(2.0), generators())
+    pipeline = PPFlowPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert torch.equal(pipeline(LABELS, 2.0, 6, generator=generators(), output_type="latent").images, expected)
+    with pytest.raises(ValueError, match="not in this pipeline"):
+        pipeline(LABELS, budget=0.5)
+    again = Pipeline.load(folder)
+    assert again.level_errors is None
+    assert torch.equal(again.latents(LABELS, ODE(num_steps=6), Guidance(2.0), generators()), expected)
+
+
 FRESH = """
 import json, sys, torch
 from pathlib import Path
 from diffusers import DiffusionPipeline
-for folder, out in json.loads(sys.argv[1]):
+for folder, out, budget in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(number) for number in range(3)]
-    torch.save(pipe([3, 0, 4], 2.0, 6, generator=generators, output_type="pt").images, Path(out) / "images.pt")
+    images = pipe([3, 0, 4], 2.0, 6, budget=budget, generator=generators, output_type="pt").images
+    torch.save(images, Path(out) / "images.pt")
     pipe.save_pretrained(Path(out) / "again")
-assert not {"models", "transport", "weights"} & sys.modules.keys()
+assert not {"models", "transport", "weights", "sklearn"} & sys.modules.keys()
 """
 
 
@@ -410,24 +501,24 @@ assert not {"models", "transport", "weights"} & sys.modules.keys()
 def test_folders_are_loaded_in_a_fresh_process(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Exported while compiled, loaded without this program, saved there, and loaded once more."""
     first, second, expected = [], [], {}
-    for name in ("pixels", "latents", "experts"):
+    for name, budget in {"pixels": None, "latents": None, "experts": None, "elastic": 0.5}.items():
         pipe, here = request.getfixturevalue(name), tmp_path / name
         (here / "first").mkdir(parents=True)
         (here / "second").mkdir()
         pipeline = door(pipe)
         pipeline.transformer = torch.compile(pipeline.transformer)
         export(pipeline, here / "folder", pipe.name)
-        images = pipe.images(LABELS, ODE(num_steps=6), Guidance(2.0), generators())
+        images = pipe.images(LABELS, ODE(num_steps=6), Guidance(2.0), generators(), budget=budget)
         expected[here] = (images / 2 + 0.5).clamp(0, 1)
-        first.append((str(here / "folder"), str(here / "first")))
-        second.append((str(here / "first" / "again"), str(here / "second")))
+        first.append((str(here / "folder"), str(here / "first"), budget))
+        second.append((str(here / "first" / "again"), str(here / "second"), budget))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for number, jobs in enumerate((first, second)):
         cache = {"HF_MODULES_CACHE": str(tmp_path / f"modules{number}"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", FRESH, json.dumps(jobs)]
         done = subprocess.run(command, cwd=tmp_path, env=environment | cache, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        for (_, out), images in zip(jobs, expected.values(), strict=True):
+        for (_, out, _), images in zip(jobs, expected.values(), strict=True):
             assert torch.equal(torch.load(Path(out) / "images.pt"), images)
 
 
@@ -451,6 +542,23 @@ def test_the_model_card(pixels: Pipeline, folders: dict[str, Path], experts: Pip
         text in card for text in ("`height` and `width`", "and scipy", "latents of 4x8x8, images of 16x16 pixels")
     )
     assert "| 2 | [0.7, 1] | 2x2 | 16 |" in str(model_card(door(experts), "experts"))
+
+
+def test_the_card_has_a_table_of_budgets(elastic: Pipeline, elastic_folder: Path, folders: dict[str, Path]) -> None:
+    cost = [elastic.model.macs(level) / 1e9 for level in range(3)]
+    card = (elastic_folder / "README.md").read_text()
+    (lines,) = [part.splitlines() for part in card.split("\n\n") if part.startswith("| budget |")]
+    rows = {cells[1]: cells[2:4] for line in lines[2:] if (cells := [cell.strip() for cell in line.split("|")])}
+    assert list(rows) == ["1", "0.8", "0.6", "0.4", "0.3"]
+    assert rows["1"] == ["0, 0", f"{50 * cost[2]:.4g}"]
+    for budget, (_, gmacs) in rows.items():
+        assert float(gmacs) == pytest.approx(float(budget) * 50 * cost[2], abs=cost[2])
+    at = elastic.at_budget(0.6)
+    assert rows["0.6"][0] == ", ".join(f"{edge:g}" for edge in at.transport.schedule.level_edges)
+    assert float(rows["0.6"][1]) == pytest.approx(at.check().gmacs(1), rel=1e-3)
+    assert "budget" not in (folders["pixels"] / "README.md").read_text()
+    finest = pipeline_of(elastic.model, elastic.transport.with_edges((0, 0)), elastic.autoencoder)
+    assert f"| 1 | [0, 0] | 2x4 | 8 | {cost[1]:.3g} | 0 |" in str(model_card(finest, "finest"))
 
 
 # -- The command ---------------------------------------------------------------------------------------------------

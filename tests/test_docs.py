@@ -21,6 +21,7 @@ TOY = {  # flags after those of the page, which make a command small
     "train.py": ["--max-steps", "4", "--log-every", "2", "--num-workers", "0"],
     "sample.py": ["--num-sampling-steps", "4"],
     "sample_ddp.py": ["--num-fid-samples", "20", "--num-sampling-steps", "4"],
+    "evaluate.py": ["--num-samples", "200"],
     "sweep.py": ["--num-samples", "20", "--full-num-samples", "30", "--steps", "4"],
 }
 
@@ -87,6 +88,7 @@ def run(command: Command, folder) -> subprocess.CompletedProcess[str]:
         toy += ["--eval-num", "20"]
     start = [str(ROOT / command.target)] if command.target.endswith(".py") else ["-m", command.target]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PPFLOW_CACHE"] = str(folder / "cache")
     argv = [sys.executable, *start, *command.argv, *toy]
     print(shlex.join(argv))
     return subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)

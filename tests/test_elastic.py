@@ -15,6 +15,7 @@ import torch
 from closed_form import DATA, Network
 from conftest import TINY, start_script
 from scipy import stats
+from sklearn.isotonic import isotonic_regression
 from test_train import assert_same_state, checkpoint, losses
 
 import sample
@@ -26,7 +27,7 @@ from runtime.logs import LevelMeter
 from runtime.rng import draw_step
 from train import train
 from transport import ODE, SDE, Guidance, LevelErrors, PatchSchedule, Sampler, create_transport, edges_for
-from transport.budgets import BINS
+from transport.budgets import BINS, ascending
 from weights.pretrained import convert, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -228,6 +229,15 @@ def test_the_ends_of_the_range_are_a_level_alone_and_beyond_is_refused() -> None
     for budget in (0.2, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"here from 0.25 \(the coarsest level alone\) to 1, got"):
             edges_for(budget, SMOOTH, [range(3)], [0, 1], lengths)
+
+
+def test_errors_are_made_to_ascend_as_scikit_learn_does_it() -> None:
+    g = np.random.default_rng(0)
+    for length in range(1, BINS + 1):
+        values, weights = g.normal(size=length).round(1), g.uniform(0.1, 5, length)  # with ties
+        np.testing.assert_allclose(
+            ascending(values, weights), isotonic_regression(values, sample_weight=weights), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))

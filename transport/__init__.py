@@ -1,6 +1,6 @@
 """The generative process: paths, schedule, loss, guidance, solvers. It knows no images, files, devices, ranks."""
 
-from transport.budgets import LevelErrors, edges_for
+from transport.budgets import LevelErrors, at_budget, edges_for
 from transport.grids import shifted_grid
 from transport.guidance import ClassifierFreeGuidance, Guidance
 from transport.noise import GaussianNoise, StudentTNoise, randn
@@ -52,6 +52,7 @@ __all__ = [
     "Sampler",
     "StudentTNoise",
     "Transport",
+    "at_budget",
     "bits_per_dim",
     "check_ode_method",
     "create_transport",

@@ -9,12 +9,20 @@ trajectory costs what it may. Levels that share one network are compared, never 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+import torch
+
+from transport.guidance import Guidance
+from transport.sampler import Sampler
+from transport.solvers import ODE, SDE
+from transport.transport import Model, Transport
+from transport.wrappers import EvaluationCounter, Zero
 
 BINS = 10  # of t
 TIE = 1e-6  # slope, in parts of the errors' range, by which of equal errors the later one counts as larger
@@ -81,16 +89,29 @@ class LevelErrors:
         Raises:
             ValueError: if no bin has samples of both levels.
         """
-        from sklearn.isotonic import isotonic_regression  # slow to import, and only needed here
-
         sums, counts = np.array(self.sums)[[level, finest]], np.array(self.counts)[[level, finest]]
         seen = np.flatnonzero(counts.min(0))
         if not len(seen):
             raise ValueError(f"levels {level} and {finest} have not met at any time in training: train longer")
         means, precision = sums[:, seen] / counts[:, seen], 1 / (1 / counts[:, seen]).sum(0)
-        rising = isotonic_regression(means[0] - means[1], sample_weight=precision)
+        rising = ascending(means[0] - means[1], precision)
         times = np.array([0, *(seen + 0.5) / BINS, 1])
         return times, np.array([rising[0], *rising, rising[-1]]) + TIE * (means.max() or 1) * times
+
+
+def ascending(values: np.ndarray, weights: np.ndarray) -> list[float]:
+    """Isotonic regression: the ascending numbers (n,) with the least weighted squared distance from values (n,).
+
+    By its max-min formula (Robertson, Wright and Dykstra, Order Restricted Statistical Inference, 1988), which a few
+    bins can afford, and for which an exported pipeline needs no library: number i is the largest over a <= i of the
+    least over b >= i of the mean of values a to b.
+    """
+
+    def mean(a: int, b: int) -> float:
+        return float(np.average(values[a : b + 1], weights=weights[a : b + 1]))
+
+    n = len(values)
+    return [max(min(mean(a, b) for b in range(i, n)) for a in range(i + 1)) for i in range(n)]
 
 
 def edges_for(
@@ -148,3 +169,42 @@ def edges_for(
     for edges in (edges_at(low), edges_at(high)):
         found[edges] = cost(edges) / finest
     return min(found, key=lambda edges: abs(found[edges] - budget))
+
+
+def at_budget(
+    budget: float,
+    errors: LevelErrors,
+    transport: Transport,
+    model: Model,
+    solver: ODE | SDE,
+    guidance: Guidance,
+) -> Transport:
+    """The same process with level edges at which a trajectory has a share of the finest level's arithmetic.
+
+    Evaluations are counted by walking a field that is zero, for a sample of the network's own size.
+
+    Args:
+        budget:    the share, met within a step of the finest level
+        errors:    of the levels in training
+        transport: the process, with elastic levels
+        model:     the network, which has `num_levels`, `num_classes`, `in_channels`, `input_size` and `macs(level)`
+        solver:    of fixed steps, one number for all levels
+        guidance:  which costs evaluations too
+
+    Raises:
+        ValueError: if the solver has no such number, or as `edges_for`.
+    """
+    if solver.adaptive or not isinstance(solver.num_steps, int):
+        raise ValueError("a budget counts steps: give a method of fixed steps, and one number for all levels")
+    schedule = transport.schedule
+    starts = [schedule.edges[levels.start] for levels in schedule.experts]
+    macs = [model.macs(level) for level in range(schedule.num_levels)]
+    latest = 1 - solver.last_step_size if isinstance(solver, SDE) and solver.last_step else 1.0
+    nothing, label = torch.zeros(1, model.in_channels, *model.input_size), torch.zeros(1, dtype=torch.long)
+
+    def cost(edges: tuple[float, ...]) -> float:
+        counter, increments = EvaluationCounter(Zero(model)), torch.Generator()  # not torch's own, which others use
+        Sampler(transport.with_edges(edges)).sample(guidance.of(counter), nothing, solver, label, increments)
+        return sum(map(operator.mul, counter.rows, macs))
+
+    return transport.with_edges(edges_for(budget, errors, schedule.experts, [*starts, 1], cost, latest))

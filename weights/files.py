@@ -74,6 +74,7 @@ def _as_checkpoint(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, An
         "transport": scheduler,
         "vae": "none" if index["vae"][0] is None else str(folder / "vae"),
         "scaling": index["scaling"],
+        "level_errors": scheduler.get("level_errors"),  # earlier folders have none
     }
     return {"ema": {name.removeprefix("network."): tensor for name, tensor in state.items()}, "config": config}
 

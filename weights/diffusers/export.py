@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from data.autoencoder import LatentSpace, PixelSpace
 from experts import Network
+from transport.budgets import LevelErrors
+from transport.schedule import PatchSchedule
 from transport.transport import Transport
 from weights.diffusers.pipeline import PPFlowPipeline
 from weights.diffusers.pyramid_scheduler import PyramidScheduler
@@ -20,6 +22,7 @@ from weights.diffusers.pyramid_transformer import PyramidTransformer
 
 CARD = Path(__file__).with_name("pipeline_card.md")  # a template
 CARD_STEPS = 50  # of the costs in the card
+CARD_BUDGETS = (1, 0.8, 0.6, 0.4, 0.3)  # of those that can be met
 TAGS = ["diffusion", "flow-matching", "class-conditional", "arxiv:2506.23543", "arxiv:2401.08740"]
 
 
@@ -28,12 +31,18 @@ def pipeline_of(
     transport: Transport,
     autoencoder: LatentSpace | PixelSpace,
     id2label: Mapping[int, str] | None = None,
+    level_errors: LevelErrors | None = None,
 ) -> PPFlowPipeline:
-    """A network, its process and its autoencoder as a pipeline of diffusers; weights are shared, not copied."""
+    """A network, its process and its autoencoder as a pipeline of diffusers; weights are shared, not copied.
+
+    Args:
+        id2label:     names of the classes by their ids
+        level_errors: of elastic levels in training, by which budgets are met
+    """
     latent = isinstance(autoencoder, LatentSpace)
     return PPFlowPipeline(
         PyramidTransformer.of(network),
-        PyramidScheduler.of(transport),
+        PyramidScheduler.of(transport, level_errors),
         autoencoder.model if latent else None,
         None if id2label is None else {str(number): name for number, name in id2label.items()},
         asdict(autoencoder.scaling) if latent else None,
@@ -92,11 +101,11 @@ def export(pipeline: PPFlowPipeline, folder: str | Path, name: str, step: int = 
 
 
 def model_card(pipeline: PPFlowPipeline, name: str, step: int = 0) -> ModelCard:
-    """The README.md of an exported folder, with a table of the levels and what they cost."""
+    """The README.md of an exported folder, with a table of the levels and what they cost, and one of budgets."""
     network, walk = pipeline.transformer.network, pipeline.scheduler.walk(pipeline.transformer, CARD_STEPS)
     schedule = walk.sampler.transport.schedule
     gmacs = [network.macs(level) / 1e9 for level in range(network.num_levels)]
-    steps = schedule.share_steps(CARD_STEPS, schedule.intervals(0.0, 1.0))
+    steps = steps_of(schedule)
     total, finest = sum(n * cost for n, cost in zip(steps, gmacs, strict=True)), CARD_STEPS * gmacs[-1]
     patches = [patch for part in network.networks.values() for patch in part.patch_sizes]
     levels = [
@@ -116,6 +125,7 @@ def model_card(pipeline: PPFlowPipeline, name: str, step: int = 0) -> ModelCard:
         "name": name,
         "step": step,
         "levels": levels,
+        "budgets": budget_rows(pipeline, gmacs),
         "num_steps": CARD_STEPS,
         "total": f"{total:.4g}",
         "finest": f"{finest:.4g}",
@@ -131,3 +141,30 @@ def model_card(pipeline: PPFlowPipeline, name: str, step: int = 0) -> ModelCard:
         "named": bool(pipeline.id2label),
     }
     return ModelCard.from_template(data, template_path=str(CARD), **fields)
+
+
+def steps_of(schedule: PatchSchedule) -> list[int]:
+    """The card's steps, level by level."""
+    steps, intervals = [0] * schedule.num_levels, schedule.intervals(0.0, 1.0)
+    for interval, count in zip(intervals, schedule.share_steps(CARD_STEPS, intervals), strict=True):
+        steps[interval.level] = count
+    return steps
+
+
+def budget_rows(pipeline: PPFlowPipeline, gmacs: Sequence[float]) -> list[dict[str, str]]:
+    """Budgets with the edges that they lead to, and what an image then costs; none without elastic levels.
+
+    Args:
+        gmacs: of an evaluation at each level
+    """
+    rows = []
+    for budget in CARD_BUDGETS:
+        try:
+            walk = pipeline.scheduler.walk(pipeline.transformer, CARD_STEPS, budget=budget)
+        except ValueError:  # there are none, or this one is less than the coarsest level takes
+            break
+        schedule = walk.sampler.transport.schedule
+        cost = sum(n * each for n, each in zip(steps_of(schedule), gmacs, strict=True))
+        edges = ", ".join(f"{edge:g}" for edge in schedule.level_edges)
+        rows.append({"budget": f"{budget:g}", "edges": edges, "gmacs": f"{cost:.4g}"})
+    return rows

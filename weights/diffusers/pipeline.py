@@ -106,6 +106,7 @@ class PPFlowPipeline(DiffusionPipeline):
         guidance_scale: float | Sequence[float] = 4.0,
         num_inference_steps: int | Sequence[int] = 50,
         level_edges: Sequence[float] | None = None,
+        budget: float | None = None,
         height: int | None = None,
         width: int | None = None,
         guidance_interval: Sequence[float] | None = None,
@@ -124,6 +125,8 @@ class PPFlowPipeline(DiffusionPipeline):
                                  costs one evaluation a step instead of two
             num_inference_steps: over all levels, shared out by their lengths; or one number per level
             level_edges:         other times at which the patch size changes, in (0, 1), where 0 is noise and 1 data
+            budget:              share of the finest level's arithmetic, which chooses the edges; for networks that were
+                                 trained with elastic levels
             height, width:       of the images in pixels, for networks with rotary positions; None for the network's own
             guidance_interval:   guide for times between these two alone (arXiv:2404.07724)
             generator:           one for all samples, or one for each: then sample i depends on its own alone
@@ -147,10 +150,12 @@ class PPFlowPipeline(DiffusionPipeline):
         for given in (guidance_scale, guidance_interval or ()):
             if not all(isinstance(each, Real) for each in _as_list(given)):
                 raise ValueError(f"guidance is by numbers, one or several, got {given!r}")
+        if budget is not None and not isinstance(budget, Real):
+            raise ValueError(f"a budget is a number, got {budget!r}")
         labels = self.label_ids(class_labels)
         shape = (len(labels), self.transformer.in_channels, *self._input_size(height, width))
         guidance = guidance_scale, guidance_interval
-        walk = self.scheduler.walk(self.transformer, num_inference_steps, *guidance, level_edges)
+        walk = self.scheduler.walk(self.transformer, num_inference_steps, *guidance, level_edges, budget)
         device = self._execution_device
         x0 = self._noise(shape, generator, latents, device)
         y = torch.tensor(labels, dtype=torch.long, device=device)

@@ -67,6 +67,10 @@ class PyramidTransformer(ModelMixin, ConfigMixin):
     def input_size(self) -> tuple[int, int]:
         return self.network.input_size
 
+    def macs(self, level: int, size: Sequence[int] | None = None) -> int:
+        """Multiply-accumulates of an evaluation at a level: see PyramidalPatchDiT.macs."""
+        return self.network.macs(level, size)
+
     @property
     def fixed_edges(self) -> dict[int, float]:
         """Times at which levels begin that no schedule may move; none but those of experts."""
