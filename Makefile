@@ -7,7 +7,7 @@ KILLS  ?= 50
 # Threads that spin while they wait for each other stall for seconds on a machine with other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-gpu docs-check chaos lint format bench
+.PHONY: demo app test test-all test-gpu test-app docs-check chaos lint format bench
 
 # Train on the digits of scikit-learn, then sample: the scripts as one would call them by hand.
 demo: $(VENV)/.installed
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 	    --log-every 100 --sample-every 400 --ckpt-every 400 --cfg-scales 1.5 $(FLAGS)
 	$(BIN)/python sample.py ODE --ckpt $(RUN) --cfg-scales 1.5 --samples-per-class 10 --compare-finest \
 	    --out $(RUN)/samples.png
+
+# A page that draws with the demo's network, or with CKPT=...
+app: $(VENV)/.installed
+	$(BIN)/python app.py $(if $(CKPT),--ckpt $(CKPT)) $(FLAGS)
 
 # A process for each core, up to 8; all tests of a file run in the same one, which shares their fixtures.
 PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -28,6 +32,13 @@ test-all: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
+
+# The page, also in a browser: what is missing is installed where that can be, else its tests are skipped and say why.
+test-app: $(VENV)/.installed
+	-$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-app.txt
+	-command -v chromium chromium-browser google-chrome || \
+	    { test "$$(id -u)" = 0 && apt-get update && apt-get install --yes chromium; }
+	$(BIN)/python -m pytest tests/test_app.py tests/test_app_browser.py
 
 # Every command of README.md and docs/ is parsed, and those marked runnable are run at toy size.
 docs-check: $(VENV)/.installed

@@ -402,6 +402,7 @@ class Pipeline:
         likelihood: bool = False,
         reverse: bool = False,
         batch: int = 1,
+        size: Sequence[int] | None = None,
     ) -> EvaluationCounter:
         """Raise now what would fail after an hour (ValueError), by walking a field that is zero.
 
@@ -409,6 +410,7 @@ class Pipeline:
             batch:      samples that are drawn together, which the device's free memory must hold
             likelihood: `log_prob` is wanted
             reverse:    `noise` is wanted
+            size:       (h, w) of the samples, as for `latents`; the memory is that for the network's own size
 
         Returns:
             the count of the evaluations that a sample takes, unless the solver chooses its own steps.
@@ -418,7 +420,7 @@ class Pipeline:
         zero = self._with_model(Zero(self.model))
         counter = EvaluationCounter(zero.model)
         try:
-            x1 = self._with_model(counter).latents([0], solver, guidance)
+            x1 = self._with_model(counter).latents([0], solver, guidance, size=size)
             if likelihood:
                 zero.log_prob(x1, [0], solver, guidance)
             if reverse:
@@ -449,6 +451,17 @@ class Pipeline:
         other = self._with_model(self.model)
         other.transport = at_budget(budget, self.level_errors, self.transport, self.model, solver, guidance)
         other.check(solver, guidance)
+        return other
+
+    def with_edges(self, level_edges: Sequence[float]) -> Pipeline:
+        """The same network with other level edges, as `load` takes them.
+
+        Raises:
+            ValueError: if they do not ascend between 0 and 1, or are not those of the network's number of levels.
+        """
+        other = self._with_model(self.model)
+        other.transport = self.transport.with_edges(level_edges)
+        other.transport.check_levels(self.model)
         return other
 
     def finest_only(self) -> Pipeline:

@@ -93,6 +93,9 @@ def test_the_cost_is_that_of_the_size(pipe: Pipeline) -> None:
     assert counted.model.nfe(3) == 3 + 2 * 5
     expected = (3 * pipe.model.macs(0, size) + 10 * pipe.model.macs(1, size)) / 1e9
     assert counted.model.gmacs(3) == pytest.approx(expected, rel=1e-12)
+    assert pipe.check(ODE("euler", (3, 5)), Guidance((1.0, 2.0)), size=size).gmacs(1) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="the nearest size"):
+        pipe.check(size=(3, 20))
     finest = pipe.finest_only().counted()
     finest.images([1], ODE("euler", 8), size=size)
     assert finest.model.gmacs(1) == pytest.approx(8 * pipe.model.macs(1, size) / 1e9, rel=1e-12)

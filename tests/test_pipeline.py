@@ -55,6 +55,18 @@ def test_stochastic_samples_are_those_of_the_sampler(pipe: Pipeline) -> None:
     assert torch.equal(found, expected)
 
 
+def test_other_edges_are_those_of_the_sampler(pipe: Pipeline) -> None:
+    x0, _ = noise(3)
+    transport = create_transport(level_edges=(0.2, 0.9))
+    expected = Sampler(transport).sample_ode(pipe.model, x0, num_steps=10, y=torch.tensor(LABELS))
+    assert torch.equal(pipe.with_edges((0.2, 0.9)).latents(LABELS, ODE(num_steps=10), seed=3), expected)
+    assert pipe.transport.schedule.level_edges == (0.5, 0.75)
+    with pytest.raises(ValueError, match="give 2 level edge"):
+        pipe.with_edges((0.2,))
+    with pytest.raises(ValueError, match="must ascend"):
+        pipe.with_edges((0.9, 0.2))
+
+
 def test_samples_go_on_from_the_state_at_an_edge(pipe: Pipeline) -> None:
     solver, guidance = ODE(num_steps=9), Guidance((1.0, 1.5, 2.0), interval=(0.6, 0.9))
     whole = pipe.latents(LABELS, solver, guidance, seed=4)
