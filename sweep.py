@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -191,11 +190,8 @@ def sampler_of(pipe: Pipeline, setting: Setting, channels: int | None) -> tuple[
     Args:
         channels: that are guided
     """
-    pipe = copy.copy(pipe)
-    pipe.transport = pipe.transport.with_edges(setting.edges)
-    pipe.transport.check_levels(pipe.model)
     guidance = Guidance(setting.scales, channels, setting.interval, setting.null_level)
-    return pipe, ODE(setting.solver, setting.steps), guidance
+    return pipe.with_edges(setting.edges), ODE(setting.solver, setting.steps), guidance
 
 
 class Job(NamedTuple):
