@@ -250,8 +250,10 @@ def table(results: Results, real: Mapping[str, float], seconds: Mapping[Setting,
 
 def plot(results: Results, path: Path) -> None:
     """Distance against GMACs per image, a line for each series; a band around the reference's distance."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
 
+    colors = colormaps["tab20"].colors
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     for number, series in enumerate(dict.fromkeys(setting.series for setting in results)):
@@ -260,7 +262,12 @@ def plot(results: Results, path: Path) -> None:
             if setting.series == series:
                 points.append((np.mean([score["gmacs"] for score in scores]), *distance_of(results, setting)))
         gmacs, distances, errors = zip(*sorted(points), strict=True)
-        style = {"marker": "osv^D*PXhd<>"[number], "color": f"C{number}", "capsize": 2, "linewidth": 1}
+        style = {
+            "marker": "osv^D*PXhd<>"[number],
+            "color": colors[(2 * number + number // 10) % 20],
+            "capsize": 2,
+            "linewidth": 1,
+        }
         axes.errorbar(gmacs, distances, errors, label=series, **style)
     if REFERENCE in results:
         distance, error = distance_of(results, REFERENCE)
