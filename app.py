@@ -98,7 +98,7 @@ def about(studio: Studio) -> dict[str, Any]:
 
 
 def first_settings(studio: Studio) -> Settings:
-    """What the page opens with; the budgets are in equal distances from 1 to about the least."""
+    """Settings that the page opens with; its budgets lie at equal distances from 1 to about the least."""
     pipe, model = studio.pipe, studio.pipe.model
     coarsest, finest = (studio.macs(level, model.input_size) for level in (0, model.num_levels - 1))
     shares = [1 - (1 - coarsest / finest) * part / (BUDGETS - 1) for part in range(BUDGETS)]

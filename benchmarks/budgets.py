@@ -136,7 +136,7 @@ class Study:
         self._pipes: dict[str, Pipeline] = {}
 
     def key(self, name: str) -> str:
-        """What identifies a network among the measurements."""
+        """Name of a network among the measurements."""
         return f"{name} seed {self.seed} steps {self.args.steps}"
 
     def pipeline(self, name: str) -> Pipeline:

@@ -188,7 +188,7 @@ class Studio:
         return Way(f"budget {share:g}", self.budgets[key], *key[1:])
 
     def ways(self, settings: Settings) -> list[Callable[[], Way]]:
-        """What is to be drawn, one after the other, each made when its turn comes.
+        """Functions that make the ways to draw, in their order, each called when its turn comes.
 
         Raises:
             ValueError: if there is no such way.
@@ -210,13 +210,13 @@ class Studio:
         return self.level_macs[level, size]
 
     def cost_of(self, rows: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
-        """What a picture costs, from its evaluations at each level, the finest one last."""
+        """Cost of a picture from its evaluations at each level, the finest one last."""
         rows = [0] * (self.pipe.model.num_levels - len(rows)) + list(rows)
         level_gmacs = [count * self.macs(level, size) / 1e9 for level, count in enumerate(rows)]
         return {"nfe": sum(rows), "gmacs": sum(level_gmacs), "evaluations": rows, "level_gmacs": level_gmacs}
 
     def cost(self, way: Way, settings: Settings) -> dict[str, Any]:
-        """What a picture will cost, counted without the network; of no meaning where the solver chooses its steps.
+        """Count what a picture will cost, without the network; without meaning where the solver chooses its steps.
 
         Raises:
             ValueError: if the settings do not fit the network.
@@ -226,7 +226,7 @@ class Studio:
         return self.cost_of(counter.rows, size)
 
     def plan(self, settings: Settings) -> dict[str, Any]:
-        """What a drawing will cost, beside the finest level alone, and what training did not show of it.
+        """Tell what a drawing will cost beside the finest level alone, and at which times its levels were not trained.
 
         Raises:
             ValueError: if the settings do not fit the network.
@@ -251,7 +251,7 @@ class Studio:
 
     @property
     def has_finest(self) -> bool:
-        """Whether the finest level serves all times: not that of experts."""
+        """True if the finest level serves all times, which that of experts does not."""
         return len(self.pipe.model.networks) == 1
 
     def _check(self, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What the page asks for, as one value: in a link, in sample.py's flags and in Python."""
+"""Settings of a drawing, as one value: in a link, in sample.py's flags and in Python."""
 
 from __future__ import annotations
 
